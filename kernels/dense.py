@@ -1,0 +1,47 @@
+"""dense: numbers as they are, in the model's dtype or a given one."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvcompile.errors import RecipeError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Dense:
+    """x -> x, in `dtype` (bf16, fp16, fp32, or `same`: the dtype of the model's K and V)."""
+
+    dtype: str = "same"
+    name: ClassVar[str] = "dense"
+    step: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if self.dtype != "same" and self.dtype not in DTYPES:
+            raise RecipeError(f"dense(dtype={self.dtype}): dtype must be one of same, bf16, "
+                              "fp16, fp32")
+
+    def planes(self, dim: int, dtype: torch.dtype) -> dict:
+        return {"data": (DTYPES.get(self.dtype, dtype), (dim,))}
+
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        return {"data": x.to(DTYPES.get(self.dtype, x.dtype))}
+
+    def decode(self, planes: dict[str, Tensor], dim: int, dtype: torch.dtype) -> Tensor:
+        return planes["data"].to(dtype)
+
+    def error_bound(self, planes: dict[str, Tensor], dim: int) -> Tensor:
+        x = planes["data"]
+        if self.dtype == "same":
+            return torch.zeros_like(x)
+        info = torch.finfo(x.dtype)  # round to nearest: half an ulp, or half the smallest step
+        return x.abs() * info.eps / 2 + info.smallest_normal * info.eps / 2
+
+    def limit(self, dtype: torch.dtype) -> float:
+        return torch.finfo(DTYPES.get(self.dtype, dtype)).max
+
+
+FORMAT = Dense

@@ -1,0 +1,160 @@
+"""The plain PyTorch bodies of the kvc ops. They are the specification of every fused kernel.
+
+Rows are handled one by one with their padding taken out, so that a batch gives each row exactly
+what the row gives alone.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kvcompile.ir import body
+from kvcompile.kernels import pages
+from kvcompile.kernels.dense_attention import attend_row, causal, last
+from kvcompile.store import SIDES, Store
+
+
+def _named(store: Store, planes: list[Tensor], k: Tensor, v: Tensor) -> dict[str, Tensor]:
+    specs = store.planes((k.shape[-1], v.shape[-1]), k.dtype)
+    if len(specs) != len(planes):
+        raise ValueError(f"{store} has {len(specs)} planes, {len(planes)} were given")
+    return {spec.name: plane for spec, plane in zip(specs, planes, strict=True)}
+
+
+def _runs(counts: Tensor) -> Iterator[tuple[slice, int]]:
+    """Runs of neighbouring kv heads with the same count: (heads, count)."""
+    values, start = counts.tolist(), 0
+    for end in range(1, len(values) + 1):
+        if end == len(values) or values[end] != values[start]:
+            yield slice(start, end), values[start]
+            start = end
+
+
+def _tiers(store: Store, planes: list[Tensor], k: Tensor, v: Tensor):
+    named = _named(store, planes, k, v)
+    tiers = {s: pages.tiers(store, s, named, x.shape[-1], k.dtype)
+             for s, x in zip(SIDES, (k, v), strict=True)}
+    return named["count"], tiers
+
+
+@body("rope")
+def rope(x: Tensor, cos: Tensor, sin: Tensor, *, style: str) -> Tensor:
+    """Rotate the first cos.shape[-1] channels of x [B, H, S, D]; the others pass through.
+
+    cos and sin broadcast against [B, H, S, R] and repeat each angle for both channels of a pair:
+    (i, i + R / 2) for style "half", (2 i, 2 i + 1) for style "interleaved".
+    """
+    r = cos.shape[-1]
+    head = x[..., :r]
+    if style == "half":
+        a, b = head.chunk(2, -1)
+        turned = torch.cat([-b, a], -1)
+    else:
+        a, b = head.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([-b, a], -1).flatten(-2)
+    head = head * cos + turned * sin
+    return head.contiguous() if r == x.shape[-1] else torch.cat([head, x[..., r:]], -1)
+
+
+@body("attention")
+def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor,
+              sinks: Tensor | None, *, scale: float, window: int = 0, softcap: float = 0.0,
+              store: str = "store", layer: int = 0) -> Tensor:
+    """Causal attention among this call's tokens; padding's output is 0.
+
+    With a lossy `store` query i sees what appending tokens 0 .. i-1 one by one would have stored,
+    and itself exactly: what decoding token by token computes.
+    """
+    parsed = Store.parse(store)
+
+    def rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if parsed.exact or parsed == Store.parse(f"store(window={window - 1})"):
+            return causal(q, k, v, scale, window, softcap, sinks)
+        each = [_one_by_one(parsed, *x, scale, window, softcap, sinks)
+                for x in zip(q, k, v, strict=True)]
+        return torch.stack(each)
+
+    if bool(valid.all()):
+        return rows(q, k, v)
+    out = q.new_zeros(*q.shape[:-1], v.shape[-1])
+    for b, keep in enumerate(valid):
+        if bool(keep.any()):
+            out[b][:, keep] = rows(*(x[b : b + 1, :, keep] for x in (q, k, v)))[0]
+    return out
+
+
+def _one_by_one(store: Store, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int,
+                softcap: float, sinks: Tensor | None) -> Tensor:
+    """One row: every query against the store as it was when the query's token arrived."""
+    n = k.shape[1]
+    coded = {}
+    for side, x in zip(SIDES, (k, v), strict=True):
+        fmt, end = store.side(side).format, store.spans(side, n)["body"].end
+        body_ = x[:, store.sinks : store.sinks + end]
+        coded[side] = x.clone()
+        coded[side][:, store.sinks : store.sinks + end] = fmt.decode(
+            fmt.encode(body_), x.shape[-1], x.dtype)
+    out = []
+    for i in range(n):
+        kept = torch.tensor([*store.numbers(i), i], device=q.device)
+        seen = []
+        for side, x in zip(SIDES, (k, v), strict=True):
+            start, end = (store.sinks + at for at in store.spans(side, i)["body"])
+            in_body = (kept >= start) & (kept < end)
+            seen.append(torch.where(in_body[:, None], coded[side][:, kept], x[:, kept]))
+        low = max(0, i - window + 1) if window else 0
+        inside = kept >= low
+        seen = [x[:, inside] for x in seen]
+        out.append(attend_row(q[:, i : i + 1], *seen, scale, 0, softcap, sinks)[0])
+    return torch.cat(out, 1)
+
+
+@body("append")
+def append(planes: list[Tensor], k: Tensor, v: Tensor, positions: Tensor, valid: Tensor, *,
+           store: str, layer: int = 0) -> None:
+    """Store this call's valid tokens; blocks that become complete are encoded."""
+    parsed = Store.parse(store)
+    count, tiers = _tiers(parsed, planes, k, v)
+    for row, keep in enumerate(valid):
+        every = bool(keep.all())
+        for heads, n in _runs(count[row]):
+            for side, x in zip(SIDES, (k, v), strict=True):
+                new = x[row, heads] if every else x[row, heads][:, keep]
+                pages.add(parsed, side, tiers[side], row, heads, n, new)
+    count += valid.sum(1, dtype=torch.int32)[:, None]
+
+
+@body("attend")
+def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Tensor,
+           valid: Tensor, sinks: Tensor | None, *, scale: float, window: int = 0,
+           softcap: float = 0.0, store: str, layer: int = 0) -> tuple[Tensor, Tensor]:
+    """Attention over what is stored and, causally, over this call's exact tokens.
+
+    Returns o [B, Hq, S, Dv] and the log-sum-exp of the logits [B, Hq, S] in fp32; 0 and -inf for
+    padding.
+    """
+    parsed = Store.parse(store)
+    count, tiers = _tiers(parsed, planes, k, v)
+    group = q.shape[1] // k.shape[1]
+    o = q.new_zeros(*q.shape[:-1], v.shape[-1])
+    lse = torch.full(q.shape[:-1], -torch.inf, device=q.device)
+    for row, keep in enumerate(valid):
+        every = bool(keep.all())
+        for heads, n in _runs(count[row]):
+            queries = slice(heads.start * group, heads.stop * group)
+            new = [x[row, at] if every else x[row, at][:, keep]
+                   for x, at in ((q, queries), (k, heads), (v, heads))]
+            if new[0].shape[1] == 0:
+                continue
+            seen = [torch.cat([pages.stored(parsed, side, tiers[side], row, heads, n), x], 1)
+                    for side, x in zip(SIDES, new[1:], strict=True)]
+            # a window that the store has already applied needs no mask for a single query
+            masked = 0 if seen[0].shape[1] <= window else window
+            out = last(new[0], *seen, scale, masked, softcap,
+                       None if sinks is None else sinks[queries])
+            if every:
+                o[row, queries], lse[row, queries] = out
+            else:
+                o[row, queries][:, keep], lse[row, queries][:, keep] = out
+    return o, lse

@@ -1,0 +1,99 @@
+"""Reading and writing tokens of a tier through its page table, in plain PyTorch."""
+
+import torch
+from torch import Tensor
+
+from kvcompile.format import PAGE, Format
+from kvcompile.store import Span, Store
+
+
+class Tier:
+    """One tier's planes: `table` [B, H, pages] and the format's pools [pages, steps, *shape]."""
+
+    def __init__(self, store: Store, side: str, tier: str, named: dict[str, Tensor],
+                 dim: int, dtype: torch.dtype) -> None:
+        self.format: Format = store.format(side, tier)
+        self.ring = store.ring(side, tier)
+        self.dim, self.dtype = dim, dtype
+        prefix = f"{side}.{tier}."
+        self.table = named[prefix + "table"]
+        self.pools = {name: named[prefix + name] for name in self.format.planes(dim, dtype)}
+
+    def read(self, row: int, heads: slice, span: Span) -> Tensor:
+        """The tokens numbered [start, end): [heads, end - start, dim], decoded."""
+        start, end = span
+        if start == end:
+            pages = self.table[row, heads]
+            return torch.empty(pages.shape[0], 0, self.dim, dtype=self.dtype, device=pages.device)
+        if self.ring is None or end <= self.ring:
+            x = self._decode(self.table[row, heads, start // PAGE : -(-end // PAGE)])
+            return x[:, start % PAGE : start % PAGE + end - start]
+        x = self._decode(self.table[row, heads, : self.ring // PAGE])
+        return x.index_select(1, torch.arange(start, end, device=x.device) % self.ring)
+
+    def _decode(self, pages: Tensor) -> Tensor:
+        """pages [h, p] -> [h, p * PAGE, dim]."""
+        h, p = pages.shape
+        flat = pages.reshape(-1)
+        planes = {n: x.index_select(0, flat).view(h, -1, *x.shape[2:])
+                  for n, x in self.pools.items()}
+        return self.format.decode(planes, self.dim, self.dtype)
+
+    def write(self, row: int, heads: slice, start: int, x: Tensor) -> None:
+        """Encode x [heads, n, dim] as the tokens numbered start, start + 1, ...; whole steps."""
+        step = self.format.step
+        first, count = start // step, x.shape[1] // step
+        if count == 0:
+            return
+        table, per_page = self.table[row, heads], PAGE // step
+        encoded = self.format.encode(x)
+        if count == 1:  # a decode step: one place per head
+            at = first if self.ring is None else first % (self.ring // step)
+            page = table[:, at // per_page]
+            for name, pool in self.pools.items():
+                pool[:, at % per_page].index_copy_(0, page.long(), encoded[name][:, 0])
+            return
+        at = torch.arange(first, first + count, device=x.device)
+        if self.ring is not None:
+            at = at % (self.ring // step)
+        place = table.long().index_select(1, at // per_page) * per_page + at % per_page
+        for name, pool in self.pools.items():
+            pool.view(-1, *pool.shape[2:]).index_copy_(
+                0, place.reshape(-1), encoded[name].flatten(0, 1))
+
+
+def tiers(store: Store, side: str, named: dict[str, Tensor], dim: int,
+          dtype: torch.dtype) -> dict[str, Tier]:
+    """tier name -> Tier, for K or for V."""
+    return {t: Tier(store, side, t, named, dim, dtype) for t in store.tiers(side)}
+
+
+def stored(store: Store, side: str, tier: dict[str, Tier], row: int, heads: slice,
+           count: int) -> Tensor:
+    """All kept tokens of a row, oldest first: [heads, store.stored(count), dim]."""
+    spans = store.spans(side, count)
+    parts = [t.read(row, heads, spans[name]) for name, t in tier.items()]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def add(store: Store, side: str, tier: dict[str, Tier], row: int, heads: slice, count: int,
+        x: Tensor) -> None:
+    """Store x [heads, n, dim] after the `count` tokens that a row already has."""
+    before, after = store.spans(side, count), store.spans(side, count + x.shape[1])
+    if "sinks" in tier:
+        taken = after["sinks"].end - before["sinks"].end
+        tier["sinks"].write(row, heads, before["sinks"].end, x[:, :taken])
+        x = x[:, taken:]
+    queued = max(0, count - store.sinks)           # number of the first token of x in the queue
+    if "recent" in tier:
+        waiting = Span(max(before["recent"].start, before["body"].end), queued)
+        x = torch.cat([tier["recent"].read(row, heads, waiting), x], 1)
+        base = waiting.start
+    else:
+        base = queued
+    if "body" in tier:
+        start = max(before["body"].end, after["body"].start)
+        tier["body"].write(row, heads, start, x[:, start - base : after["body"].end - base])
+    if "recent" in tier:
+        start = max(after["recent"].start, queued)
+        tier["recent"].write(row, heads, start, x[:, start - base :])

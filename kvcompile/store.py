@@ -1,0 +1,224 @@
+"""How one layer's K and V are stored: tiers of formats over pages, in closed form of the count.
+
+The tokens that a (batch, kv head) has been given are numbered 0, 1, 2, ... in order of arrival,
+padding left out. The first `sinks` of them stay for ever in the model's dtype. The others form a
+queue: they enter the **recent** tier in full precision, leave it for the **body** tier in blocks
+of `block` tokens once `lag` newer ones have followed, are encoded exactly once on that occasion,
+and are dropped from the far end when `window` newer ones have followed (0: never). Where every
+token is in which tier is therefore a function of the count alone (`Store.spans`).
+
+K and V have their own format, block and lag (KIVI: K leaves in blocks of 128, V token by token).
+A tier is a pool of pages of 128 tokens of one kv head, and an int32 page table
+[batch, kv heads, pages]; a tier that is bounded is a ring over its pages.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from math import lcm
+from typing import NamedTuple
+
+import torch
+
+from kvcompile.errors import RecipeError
+from kvcompile.format import PAGE, Format, format_of, term_of
+from kvcompile.recipe import Term, parse_term
+
+DENSE = Term("dense")
+SIDES = ("k", "v")
+
+
+class Span(NamedTuple):
+    """Token numbers [start, end) that a tier holds."""
+
+    start: int
+    end: int
+
+
+class Plane(NamedTuple):
+    """One tensor of a store: `shape` of a page for pools; tables and the count have none."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Side:
+    """How K (or V) is stored: body format, tokens that move together, newest tokens left out."""
+
+    format: Format
+    block: int = 1
+    lag: int = 0
+
+    def __post_init__(self) -> None:
+        if self.block < 1 or self.block % self.format.step:
+            raise RecipeError(f"block={self.block}: must be a multiple of {self.format.step}, "
+                              f"the tokens that {term_of(self.format)} encodes together")
+        if self.lag < 0:
+            raise RecipeError(f"lag={self.lag}: must not be negative")
+
+    @property
+    def delayed(self) -> bool:
+        """Whether tokens wait in the recent tier before they enter the body."""
+        return self.block + self.lag > 1
+
+
+@dataclass(frozen=True)
+class Store:
+    """The storage of one layer. Its text is a term: `store(k=int(bits=4), k_block=128, ...)`."""
+
+    k: Side
+    v: Side
+    sinks: int = 0
+    window: int = 0
+
+    @staticmethod
+    @cache
+    def parse(text: str) -> "Store":
+        """The store that `text` spells; what is left out is dense, undelayed and unbounded."""
+        term = parse_term(text)
+        sides = {}
+        for s in SIDES:
+            options = {o: term.get(f"{s}_{o}") for o in ("block", "lag")}
+            options = {o: n for o, n in options.items() if n is not None}
+            sides[s] = Side(_format(term.get(s, DENSE)), **options)
+        return Store(**sides, sinks=term.get("sinks", 0), window=term.get("window", 0))
+
+    @staticmethod
+    def of(axes: Mapping[str, object]) -> "Store":
+        """The store for a layer's axes: format.k, block.k, lag.k, the same of v, sinks, window."""
+        def side(s: str) -> Side:
+            fmt = _format(axes.get(f"format.{s}", DENSE))
+            block = axes.get(f"block.{s}", fmt.step)
+            return Side(fmt, block, axes.get(f"lag.{s}", 0))  # type: ignore[arg-type]
+
+        return Store(side("k"), side("v"), axes.get("sinks", 0),  # type: ignore[arg-type]
+                     axes.get("window", 0))  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        args: list[tuple[str, object]] = []
+        for name in SIDES:
+            side = self.side(name)
+            if term_of(side.format) != DENSE:
+                args.append((name, term_of(side.format)))
+            if side.block != 1:
+                args.append((f"{name}_block", side.block))
+            if side.lag:
+                args.append((f"{name}_lag", side.lag))
+        args += [(n, getattr(self, n)) for n in ("sinks", "window") if getattr(self, n)]
+        return str(Term("store", tuple(args)))  # type: ignore[arg-type]
+
+    def side(self, name: str) -> Side:
+        return self.k if name == "k" else self.v
+
+    @property
+    def exact(self) -> bool:
+        """Whether every token is kept as it is."""
+        return self == Store.parse("store")
+
+    @cached_property
+    def grain(self) -> int:
+        """Tokens that are dropped together: whole steps of both formats."""
+        return lcm(self.k.format.step, self.v.format.step)
+
+    def first(self, count: int) -> int:
+        """The oldest number after the sinks that is kept once `count` tokens have arrived."""
+        if not self.window:
+            return 0
+        return max(0, count - self.sinks - self.window) // self.grain * self.grain
+
+    def spans(self, name: str, count: int) -> dict[str, Span]:
+        """tier -> token numbers, after `count` tokens; body and recent count from the sinks on."""
+        side, queued = self.side(name), max(0, count - self.sinks)
+        first = self.first(count)
+        end = max(0, queued - side.lag) // side.block * side.block
+        return {
+            "sinks": Span(0, min(count, self.sinks)),
+            "body": Span(min(first, end), end),
+            "recent": Span(max(first, end), queued),
+        }
+
+    def stored(self, count: int) -> int:
+        """How many of `count` tokens are kept."""
+        return min(count, self.sinks) + max(0, count - self.sinks) - self.first(count)
+
+    def numbers(self, count: int) -> list[int]:
+        """The numbers of the kept tokens, oldest first."""
+        sinks = min(count, self.sinks)
+        return [*range(sinks), *range(self.sinks + self.first(count), count)]
+
+    def format(self, name: str, tier: str) -> Format:
+        return self.side(name).format if tier == "body" else format_of(DENSE)
+
+    def tiers(self, name: str) -> tuple[str, ...]:
+        """The tiers of K or of V that can hold tokens."""
+        tiers = ["sinks"] if self.sinks else []
+        if self.ring(name, "body") != 0:
+            tiers.append("body")
+        return (*tiers, "recent") if self.side(name).delayed else tuple(tiers)
+
+    def ring(self, name: str, tier: str) -> int | None:
+        """Tokens that the tier's pages hold at most, in whole pages; None: unbounded."""
+        side = self.side(name)
+        if tier == "sinks":
+            return _pages(self.sinks) * PAGE
+        live = self.window + self.grain - 1 if self.window else None
+        if tier == "recent":
+            most = side.lag + side.block - 1
+            return _pages(most if live is None else min(most, live)) * PAGE
+        return None if live is None else _pages(live - side.lag) * PAGE
+
+    def pages(self, name: str, tier: str, count: int) -> int:
+        """Pages that the tier takes in one (batch, kv head) once `count` tokens have arrived."""
+        pages = _pages(self.spans(name, count)[tier].end)
+        ring = self.ring(name, tier)
+        return pages if ring is None else min(pages, ring // PAGE)
+
+    @cache  # noqa: B019 (stores are few and small)
+    def planes(self, dims: tuple[int, int], dtype: torch.dtype) -> tuple[Plane, ...]:
+        """The tensors of the store in order, for head dimensions (Dk, Dv).
+
+        `count` is int32 [batch, kv heads]; for each tier a `table`, int32 [batch, kv heads, pages],
+        and the format's planes, pools [pages, PAGE // step, *shape].
+        """
+        planes = [Plane("count", torch.int32, ())]
+        for name, dim in zip(SIDES, dims, strict=True):
+            for tier in self.tiers(name):
+                fmt = self.format(name, tier)
+                planes.append(Plane(f"{name}.{tier}.table", torch.int32, ()))
+                for plane, (dt, shape) in fmt.planes(dim, dtype).items():
+                    pool = (PAGE // fmt.step, *shape)
+                    planes.append(Plane(f"{name}.{tier}.{plane}", dt, pool))
+        return tuple(planes)
+
+    def nbytes(self, dims: tuple[int, int], dtype: torch.dtype, heads: int, counts: list[int],
+               reserve: int = 0) -> int:
+        """Bytes that a cache allocates for rows with these token counts: pages and tables.
+
+        `reserve` is a count that every row has pages for in advance (`max_length`).
+        """
+        total = 4 * heads * len(counts)
+        most = [max(n, reserve) for n in counts]
+        for name, dim in zip(SIDES, dims, strict=True):
+            for tier in self.tiers(name):
+                fmt = self.format(name, tier)
+                per_step = sum(dt.itemsize * torch.Size(shape).numel()
+                               for dt, shape in fmt.planes(dim, dtype).values())
+                pages = [self.pages(name, tier, n) for n in most]
+                total += heads * sum(pages) * (PAGE // fmt.step) * per_step
+                total += 4 * heads * len(counts) * max(pages, default=0)
+        return total
+
+    def limit(self, name: str, dtype: torch.dtype) -> float:
+        """The largest magnitude that K (or V) may have."""
+        formats = (self.format(name, tier) for tier in self.tiers(name))
+        return min((f.limit(dtype) for f in formats), default=torch.finfo(dtype).max)
+
+
+def _pages(tokens: int) -> int:
+    return max(0, -(-tokens // PAGE))
+
+
+def _format(value: object) -> Format:
+    return format_of(value if isinstance(value, Term) else parse_term(str(value)))
