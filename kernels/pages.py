@@ -97,3 +97,24 @@ def add(store: Store, side: str, tier: dict[str, Tier], row: int, heads: slice, 
     if "recent" in tier:
         start = max(after["recent"].start, queued)
         tier["recent"].write(row, heads, start, x[:, start - base :])
+
+
+def crop(store: Store, dims: tuple[int, int], dtype: torch.dtype, planes: list[Tensor],
+         rows: list[int], keep: list[int]) -> None:
+    """Make rows of `rows` tokens end after `keep` tokens; nothing may have been dropped yet.
+
+    Tokens of the body that the shorter row holds in its recent tier are decoded and put there.
+    """
+    specs = store.planes(dims, dtype)
+    named = {spec.name: plane for spec, plane in zip(specs, planes, strict=True)}
+    heads = slice(0, named["count"].shape[1])
+    for side, dim in zip(("k", "v"), dims, strict=True):
+        own = tiers(store, side, named, dim, dtype)
+        if "recent" not in own:
+            continue
+        for row, (n, m) in enumerate(zip(rows, keep, strict=True)):
+            before, after = store.spans(side, n), store.spans(side, m)
+            back = Span(after["recent"].start, min(before["body"].end, after["recent"].end))
+            if back.end > back.start:
+                x = own["body"].read(row, heads, back)
+                own["recent"].write(row, heads, back.start, x)

@@ -5,3 +5,22 @@ from pathlib import Path
 _here = Path(__file__).resolve().parent
 if not (_here / "passes").is_dir():  # a checkout: passes/, kernels/ and models/ lie beside us
     __path__.append(str(_here.parent))
+
+from kvcompile.cache import KVCache  # noqa: E402
+from kvcompile.errors import (  # noqa: E402
+    CacheFullError,
+    KVCompileError,
+    RecipeError,
+    UnsupportedModelError,
+)
+from kvcompile.method import methods  # noqa: E402
+from kvcompile.optimize import optimize  # noqa: E402
+from kvcompile.program import Program, capture  # noqa: E402
+from kvcompile.recipe import Recipe  # noqa: E402
+from kvcompile.registry import module as _module  # noqa: E402
+
+_module("kernels", "eager")  # registers the bodies of the kvc ops
+
+__version__ = "0.1.0"
+__all__ = ["CacheFullError", "KVCache", "KVCompileError", "Program", "Recipe", "RecipeError",
+           "UnsupportedModelError", "capture", "methods", "optimize"]

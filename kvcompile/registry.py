@@ -20,3 +20,8 @@ def plugins(folder: str, attribute: str, group: str) -> list[Any]:
     """`attribute` of each module of the folder that has one, then what the entry points load."""
     found = [getattr(m, attribute) for m in modules(folder) if hasattr(m, attribute)]
     return found + [entry.load() for entry in entry_points(group=group)]
+
+
+def module(folder: str, name: str) -> Any:
+    """The module `kvcompile.<folder>.<name>`."""
+    return importlib.import_module(f"kvcompile.{folder}.{name}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar, Protocol
 
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from kvcompile.errors import KVCompileError
 from kvcompile.plan import LayerPlan
@@ -43,7 +43,11 @@ Outcome = Rewritten | Refused
 
 
 class Pass(Protocol):
-    """One rewrite. `order` places it in the sequence of design section 2."""
+    """One rewrite. `order` places it in the sequence of design section 2.
+
+    `phase` is empty for the passes over the stateless graph, or names the graph that the pass
+    makes from a copy of it ("prefill", "extend").
+    """
 
     name: ClassVar[str]
     order: ClassVar[int]
@@ -63,19 +67,25 @@ def passes() -> tuple[Pass, ...]:
     return tuple(sorted(plugins("passes", "PASS", "kvcompile.passes"), key=lambda p: p.order))
 
 
-def run_passes(gm: GraphModule, plan: Sequence[LayerPlan], after: Callback | None = None) -> None:
-    """Run every pass that is needed; `after(pass, graph, outcomes, seconds)` is called each time.
+@cache
+def phases() -> dict[str, Pass]:
+    """The passes that make a graph of their own at the end: phase -> pass (`PHASES`)."""
+    return {name: p for phase in plugins("passes", "PHASES", "kvcompile.phases")
+            for name, p in phase.items()}
 
-    A pass with axes runs if the plan sets one of them; the graph is verified after every pass.
-    """
-    used = {axis for layer in plan for axis in layer.values}
-    unknown = used - {axis for p in passes() for axis in p.axes}
+
+def check_axes(plan: Sequence[LayerPlan]) -> None:
+    """Raise KVCompileError if the plan sets an axis that no pass implements."""
+    unknown = {a for layer in plan for a in layer.values} - {a for p in passes() for a in p.axes}
     if unknown:
         raise KVCompileError(f"no pass implements {', '.join(sorted(unknown))}")
+
+
+def run_passes(sequence: Sequence[Pass], gm: GraphModule, plan: Sequence[LayerPlan],
+               after: Callback | None = None) -> None:
+    """Run the passes over `gm`, verifying it after each; `after(pass, graph, outcomes, seconds)`."""
     done: list[str] = []
-    for p in passes():
-        if p.axes and not used & set(p.axes):
-            continue
+    for p in sequence:
         start = time.perf_counter()
         outcomes = p.run(gm, plan)
         gm.recompile()
@@ -89,3 +99,13 @@ def run_passes(gm: GraphModule, plan: Sequence[LayerPlan], after: Callback | Non
         log.info("%s: %d sites in %.2f s", p.name, len(outcomes), seconds)
         if after:
             after(p, gm, outcomes, seconds)
+
+
+def copy_graph(gm: GraphModule) -> GraphModule:
+    """A graph of its own over the same parameters."""
+    graph = Graph()
+    output = graph.graph_copy(gm.graph, {})
+    graph.output(output)
+    for old, new in zip(gm.graph.nodes, graph.nodes, strict=True):
+        new.meta = dict(old.meta)
+    return GraphModule(gm, graph)

@@ -111,8 +111,7 @@ class Attention(nn.Module):
             self.k = nn.Linear(config.hidden, kv, bias=config.bias)
             self.v = nn.Linear(config.hidden, kv, bias=config.bias)
         if config.qk_norm:
-            self.q_norm = _norm(config, config.head_dim)
-            self.k_norm = _norm(config, config.head_dim)
+            self.q_norm, self.k_norm = (_norm(config, config.head_dim) for _ in range(2))
         self.o = nn.Linear(q, config.hidden, bias=config.bias)
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:

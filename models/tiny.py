@@ -5,13 +5,14 @@ a broken cache would pass every test.
 """
 
 import copy
-import difflib
 import re
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from kvcompile.errors import nearest
 
 WIDTH, HEADS, KV_HEADS, LAYERS, WINDOW = 64, 4, 2, 4, 8
 GAIN = 1.8
@@ -124,9 +125,13 @@ def tiny(
 ) -> PreTrainedModel:
     """The tiny model of one architecture, in eval mode; equal arguments give equal weights."""
     if arch not in TINY:
-        near = difflib.get_close_matches(arch, TINY, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown tiny architecture {arch!r}; did you mean {near!r}?")
-    config = AutoConfig.for_model(arch, **copy.deepcopy(_COMMON | TINY[arch] | overrides))
+        hint = nearest(arch, TINY) or f"; known: {', '.join(TINY)}"
+        raise ValueError(f"unknown tiny architecture '{arch}'{hint}")
+    options = copy.deepcopy(_COMMON | TINY[arch] | overrides)
+    if types := options.get("layer_types"):
+        layers = options["num_hidden_layers"]
+        options["layer_types"] = (types * layers)[:layers]
+    config = AutoConfig.for_model(arch, **options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

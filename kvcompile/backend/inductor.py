@@ -1,0 +1,40 @@
+"""The door to torch's private compiler API (torch 2.13). Nothing else imports it.
+
+    torch._inductor.compile_fx.compile_fx      compile an fx graph without Dynamo: no guards are
+        evaluated per call (a decode step has hundreds of planes and weights), nothing can recompile
+    torch._subclasses.FakeTensorMode, ShapeEnv, StatelessSymbolicContext, DimDynamic   inputs with
+        symbolic sizes that share no symbol (duck_shape=False), since pools of equal size now need
+        not be equal later
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch._dynamo.source import ConstantSource
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+
+
+def compile_graph(gm: GraphModule, inputs: Sequence[Tensor],
+                  dynamic: Sequence[Sequence[int]]) -> Callable[..., list[Tensor]]:
+    """Compile `gm` with Inductor for inputs like `inputs`; sizes of the `dynamic` dims may vary.
+
+    A dynamic dim must have a size of at least 2 in `inputs`; the compiled function takes any size.
+    """
+    env = ShapeEnv(duck_shape=False)
+    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+    fakes = []
+    for i, (x, dims) in enumerate(zip(inputs, dynamic, strict=True)):
+        sizes = [DimDynamic.DYNAMIC if d in dims else DimDynamic.STATIC for d in range(x.dim())]
+        context = StatelessSymbolicContext(dynamic_sizes=sizes)
+        fakes.append(mode.from_tensor(x, symbolic_context=context,
+                                      source=ConstantSource(f"__kvc_{i}")))
+    with torch.no_grad():
+        return compile_fx(gm, fakes)

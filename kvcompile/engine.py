@@ -1,0 +1,111 @@
+"""Running a program: picks the graph for a call, compiles the decode graph, checks the result."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from kvcompile.backend.inductor import compile_graph
+from kvcompile.cache import KVCache, Layer
+from kvcompile.errors import KVCompileError
+from kvcompile.program import Program
+from kvcompile.store import PAGE
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """The graphs of a program, ready to be called.
+
+    prefill: an empty cache, eager. extend: more tokens on a cache, eager. A step of one token is
+    the extend graph compiled by Inductor, once for a batch of one and once for any larger batch.
+    """
+
+    def __init__(self, program: Program, compile: bool = True) -> None:
+        self.program, self.compile = program, compile
+        self.sites = program.sites
+        self._decode: dict[bool, Callable] = {}
+
+    def run(self, cache: KVCache, ids: Tensor, positions: Tensor, valid: Tensor,
+            keep: Tensor, embeds: Tensor | None = None) -> Tensor:
+        """Logits [B, N, V] for the columns `keep`, and the call's tokens stored in `cache`."""
+        fresh = cache.get_seq_length() == 0
+        planes = cache.begin(valid, positions)
+        batch, tokens = valid.shape
+        if fresh:
+            logits, ok = self._eager("prefill", embeds)(ids, positions, valid, keep, *planes)
+        elif tokens == 1 and self.compile and embeds is None:
+            logits, ok = self.step(batch, valid.device)(ids, positions, valid, keep, *planes)
+        else:
+            logits, ok = self._eager("extend", embeds)(ids, positions, valid, keep, *planes)
+        if not bool(ok.all()):
+            cache.rollback()
+            if fresh:
+                cache.reset()
+            layer = self.sites[ok.tolist().index(False)]
+            limit = min(layer.store.limit(s, layer.dtype) for s in "kv")
+            raise KVCompileError(f"K or V of layer {layer.layer} holds NaN or numbers above "
+                                 f"{limit:g}; nothing of this call was stored")
+        cache.commit(tokens)
+        return logits
+
+    def stateless(self, ids: Tensor, positions: Tensor, valid: Tensor, keep: Tensor,
+                  embeds: Tensor | None = None) -> Tensor:
+        """Logits of a forward without a cache, exact whatever the recipe."""
+        gm = self.program.snapshots["capture"]
+        run = gm if embeds is None else _with_embeddings(gm, embeds)
+        return run(ids, positions, valid, keep)
+
+    def _eager(self, phase: str, embeds: Tensor | None) -> Callable:
+        gm = self.program.phases[phase]
+        if embeds is None:
+            return gm
+        return _with_embeddings(gm, embeds)
+
+    def step(self, batch: int, device: torch.device) -> Callable:
+        """The compiled decode step for this batch size."""
+        many = batch > 1
+        if many not in self._decode:
+            log.info("compiling the decode step for batch %s", "> 1" if many else "1")
+            self._decode[many] = self._compile_step(3 if many else 1, device)
+        return self._decode[many]
+
+    def _compile_step(self, batch: int, device: torch.device) -> Callable:
+        ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        inputs = [ids, ids.clone(), torch.ones_like(ids, dtype=torch.bool),
+                  torch.zeros(1, dtype=torch.long, device=device)]
+        rows = [0] if batch > 1 else []
+        dynamic = [rows, rows, rows, []]
+        for site in self.sites:
+            layer = Layer(site, batch, device)
+            layer.reserve([3 * PAGE] * batch)
+            for spec, plane in zip(layer.specs, layer.planes, strict=True):
+                if spec.shape:
+                    inputs.append(plane if plane.shape[0] > 1 else plane.new_zeros(3, *spec.shape))
+                    dynamic.append([0])
+                elif spec.name == "count":
+                    inputs.append(plane)
+                    dynamic.append(rows)
+                else:
+                    inputs.append(plane.new_zeros(batch, site.heads, 3))
+                    dynamic.append([*rows, 2])
+        gm = GraphModule(self.program.phases["extend"], self.program.phases["extend"].graph)
+        return compile_graph(gm, inputs, dynamic)
+
+
+def _with_embeddings(gm: GraphModule, embeds: Tensor) -> Callable:
+    """`gm` with the embedding of its token ids replaced by `embeds` [B, S, hidden]."""
+    ids = next(iter(gm.graph.nodes))
+    users = [n for n in ids.users if n.op == "call_function" and "embedding" in str(n.target)]
+    others = [n for n in ids.users if n not in users and "sym_size" not in str(n.target)]
+    if len(users) != 1 or others:
+        raise KVCompileError("inputs_embeds: the model uses input_ids in other places than one "
+                             "embedding")
+
+    class Embedded(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node):
+            return embeds if n is users[0] else super().run_node(n)
+
+    return Embedded(gm).run

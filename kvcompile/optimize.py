@@ -1,0 +1,212 @@
+"""optimize(): the model that a user already has, with a compressed cache behind generate()."""
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from kvcompile.cache import KVCache
+from kvcompile.engine import Engine
+from kvcompile.errors import KVCompileError
+from kvcompile.program import Program, capture
+from kvcompile.recipe import Recipe
+from kvcompile.self_check import self_check
+
+log = logging.getLogger(__name__)
+
+
+def optimize(model: PreTrainedModel, recipe: str | Recipe = "minicache+kivi", *,
+             max_length: int | None = None, compile: bool = True,
+             prefill_chunk: int | None = None) -> PreTrainedModel:
+    """A model of the same class family that shares `model`'s weights and stores K and V by `recipe`.
+
+    max_length     tokens for which every cache is allocated in advance; more raise CacheFullError
+    compile        compile the decode step with Inductor (else run the same graph eagerly)
+    prefill_chunk  tokens of a prompt that are processed at a time; later chunks read what earlier
+                   ones stored
+
+    `model` is left as it was. Raises RecipeError, or UnsupportedModelError if the model cannot be
+    captured or mixes tokens by anything but attention.
+    """
+    base = model.kvcompile.model if isinstance(model, Optimized) else model
+    Recipe.parse(recipe)
+    for name, value in (("max_length", max_length), ("prefill_chunk", prefill_chunk)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise KVCompileError(f"{name}={value!r}: must be a positive whole number")
+    program = capture(base, recipe)
+    self_check(base, program)
+    cls = type(f"KVCompiled{type(base).__name__}", (Optimized, type(base)), {
+        "__doc__": f"{type(base).__name__} with a KV cache compressed by kvcompile.",
+        "__module__": __name__})
+    out = cls.__new__(cls)
+    out.__dict__.update(base.__dict__)
+    for name in ("_parameters", "_buffers", "_modules"):  # the same tensors in dicts of its own
+        out.__dict__[name] = dict(base.__dict__[name])
+    out.config = copy.deepcopy(base.config)
+    out.generation_config = copy.deepcopy(base.generation_config)
+    object.__setattr__(out, "kvcompile", State(base, program, Engine(program, compile), max_length,
+                                               prefill_chunk))
+    out.eval()
+    return out
+
+
+class State:
+    """What an optimized model knows beyond its class: program, engine, limits and its weights."""
+
+    def __init__(self, model: PreTrainedModel, program: Program, engine: Engine,
+                 max_length: int | None, prefill_chunk: int | None) -> None:
+        self.model, self.program, self.engine = model, program, engine
+        self.max_length, self.prefill_chunk = max_length, prefill_chunk
+        self.owner = f"{type(model).__name__}-{id(self):x}"
+        self.weights = _weights(model)
+        self.warned = False
+
+    def new_cache(self) -> KVCache:
+        return KVCache(self.engine.sites, str(self.program.recipe), self.owner, self.max_length)
+
+    def check_weights(self, model: PreTrainedModel) -> None:
+        """Values changed in place are used as they are; parameters that were replaced are refused."""
+        now = _weights(model)
+        if now == self.weights:
+            return
+        changed = sorted(k for k in now.keys() | self.weights.keys()
+                         if now.get(k) != self.weights.get(k))
+        raise KVCompileError(f"{len(changed)} weights were replaced after optimize() (first: "
+                             f"{changed[0]}); call kvcompile.optimize again")
+
+
+def _weights(model: PreTrainedModel) -> dict[str, tuple]:
+    return {n: (p.data_ptr(), p.dtype, p.device, tuple(p.shape), type(p))
+            for n, p in model.named_parameters()}
+
+
+class Optimized(PreTrainedModel):
+    """Mixin of optimized models: forward over a KVCache; everything else is the model's own."""
+
+    kvcompile: State
+
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                position_ids: Tensor | None = None, past_key_values: KVCache | None = None,
+                inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
+                use_cache: bool | None = None, logits_to_keep: int | Tensor = 0,
+                output_attentions: bool | None = None, output_hidden_states: bool | None = None,
+                return_dict: bool | None = None, **rest: Any):
+        """As the base model's forward; the cache in and out is a `kvcompile.KVCache`."""
+        _refuse(self, output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states, **rest)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise KVCompileError("give either input_ids or inputs_embeds")
+        given = input_ids if input_ids is not None else inputs_embeds
+        assert given is not None
+        batch, tokens = given.shape[:2]
+        if tokens == 0 or batch == 0:
+            raise KVCompileError("the prompt is empty: input_ids has no tokens")
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        cache = self._own_cache(past_key_values)
+        past = 0 if cache is None else cache.get_seq_length()
+        valid = _valid(attention_mask, cache, batch, tokens, past, given.device)
+        if position_ids is None:
+            position_ids = torch.arange(past, past + tokens, device=given.device)[None]
+        position_ids = position_ids.expand(batch, -1)
+        keep = torch.arange(tokens, device=given.device)
+        keep = keep[logits_to_keep] if isinstance(logits_to_keep, Tensor) else (
+            keep[-logits_to_keep:])
+        ids = input_ids if input_ids is not None else given.new_zeros(batch, tokens).long()
+        if past == 0:
+            self.kvcompile.check_weights(self)
+        with torch.no_grad():
+            if cache is None and not use_cache:
+                logits = self._stateless(ids, position_ids, valid, keep, inputs_embeds)
+            else:
+                cache = cache if cache is not None else self.kvcompile.new_cache()
+                logits = self._chunks(cache, ids, position_ids, valid, keep, inputs_embeds)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels,
+                                      vocab_size=self.config.get_text_config().vocab_size)
+        out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return out.to_tuple() if return_dict is False else out
+
+    def _chunks(self, cache: KVCache, ids: Tensor, positions: Tensor, valid: Tensor, keep: Tensor,
+                embeds: Tensor | None) -> Tensor:
+        """Run a call in pieces of `prefill_chunk` tokens."""
+        size, tokens = self.kvcompile.prefill_chunk or ids.shape[1], ids.shape[1]
+        parts = []
+        for start in range(0, tokens, size):
+            at = slice(start, min(start + size, tokens))
+            wanted = keep[(keep >= at.start) & (keep < at.stop)] - at.start
+            parts.append(self.kvcompile.engine.run(
+                cache, ids[:, at], positions[:, at], valid[:, at], wanted,
+                None if embeds is None else embeds[:, at]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _stateless(self, ids: Tensor, positions: Tensor, valid: Tensor, keep: Tensor,
+                   embeds: Tensor | None) -> Tensor:
+        if not self.kvcompile.warned and str(self.kvcompile.program.recipe) != "full":
+            self.kvcompile.warned = True
+            log.warning("a forward without a cache is exact: it does not exercise the compressed "
+                        "cache (%s)", self.kvcompile.program.recipe)
+        return self.kvcompile.engine.stateless(ids, positions, valid, keep, embeds)
+
+    def _own_cache(self, cache: Any) -> KVCache | None:
+        if cache is None:
+            return None
+        if not isinstance(cache, KVCache):
+            if cache.get_seq_length() == 0:
+                return self.kvcompile.new_cache()
+            raise KVCompileError(f"past_key_values is a {type(cache).__name__} that already holds "
+                                 "tokens; start with the KVCache that this model returns")
+        if cache.owner != self.kvcompile.owner:
+            raise KVCompileError(f"the cache was made by another model or recipe ({cache.recipe}); "
+                                 f"this model stores by {self.kvcompile.program.recipe}")
+        return cache
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any,
+                                      **kwargs: Any) -> None:
+        """generate() starts with an empty KVCache instead of a DynamicCache."""
+        if generation_config.cache_implementation is not None:
+            raise KVCompileError(f"cache_implementation={generation_config.cache_implementation!r} "
+                                 "cannot be combined with kvcompile, which brings its own cache")
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = self.kvcompile.new_cache()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return True
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        raise KVCompileError("an optimized model shares its weights and cannot be deep-copied; "
+                             "copy the original and optimize that")
+
+
+def _refuse(model: PreTrainedModel, **options: Any) -> None:
+    what = {"output_attentions": "attention weights are never formed",
+            "output_hidden_states": "the compiled graph returns logits only"}
+    for name, value in options.items():
+        if value is None or value is False:
+            continue
+        if name in what:
+            raise KVCompileError(f"{name}=True is not supported: {what[name]}")
+        if name not in ("use_cache", "cache_position", "num_items_in_batch"):
+            raise KVCompileError(f"forward got {name}, which {type(model).__name__} does not take")
+
+
+def _valid(mask: Tensor | None, cache: KVCache | None, batch: int, tokens: int, past: int,
+           device: torch.device) -> Tensor:
+    """bool [B, S]: which of this call's columns are tokens rather than padding."""
+    if mask is None:
+        return torch.ones(batch, tokens, dtype=torch.bool, device=device)
+    if mask.dim() != 2:
+        raise KVCompileError(f"attention_mask has {mask.dim()} dimensions; kvcompile takes a 2-D "
+                             "padding mask [batch, cached + new tokens]")
+    if mask.shape != (batch, past + tokens):
+        raise KVCompileError(f"attention_mask is {list(mask.shape)}, but {past} cached and {tokens} "
+                             f"new tokens in a batch of {batch} need {[batch, past + tokens]}")
+    if past and tokens > 1 and cache is not None and not cache.same_columns(mask[:, :past]):
+        raise KVCompileError("attention_mask hides or shows cached tokens differently from the call "
+                             "that stored them")
+    return mask[:, past:].bool()

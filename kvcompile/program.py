@@ -1,0 +1,122 @@
+"""A captured model on its way: the stateless graph, what passes did to it, the graphs with a cache."""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TextIO
+
+import torch
+from torch.fx import GraphModule
+from transformers import PreTrainedModel
+
+from kvcompile.capture import export
+from kvcompile.errors import KVCompileError, nearest
+from kvcompile.ir import argument, attention_nodes
+from kvcompile.plan import plan
+from kvcompile.printer import text
+from kvcompile.recipe import Recipe
+from kvcompile.rewrite import Outcome, Pass, check_axes, copy_graph, passes, phases, run_passes
+from kvcompile.store import Store
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention layer: its heads, head dimensions (K, V), dtype, own window and storage."""
+
+    layer: int
+    q_heads: int
+    heads: int
+    dims: tuple[int, int]
+    dtype: torch.dtype
+    window: int
+    store: Store
+
+    @property
+    def exact_bytes_per_token(self) -> int:
+        """Bytes that one token's K and V take uncompressed."""
+        return self.heads * sum(self.dims) * self.dtype.itemsize
+
+
+@dataclass
+class Program:
+    """What `kvcompile.capture` returns.
+
+    `graph_module` is the stateless graph (input_ids [B, S], position_ids [B, S], valid [B, S],
+    keep [N]) -> logits [B, N, V] after every pass; `phases` holds the graphs with a cache. Each of
+    them runs eagerly. `outcomes` says per pass what became of every layer.
+    """
+
+    name: str
+    graph_module: GraphModule
+    recipe: Recipe
+    phases: dict[str, GraphModule] = field(default_factory=dict)
+    outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    snapshots: dict[str, GraphModule] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The attention layers, in order."""
+        return tuple(_site(i, n) for i, n in enumerate(attention_nodes(self.graph_module.graph)))
+
+    def __str__(self) -> str:
+        return text(self.graph_module, f"kvcompile {self.name}, recipe: {self.recipe}")
+
+    def print(self, file: TextIO | None = None) -> None:
+        """Print the graph, one node a line."""
+        print(self, file=file or sys.stdout)
+
+    def after(self, name: str) -> "Program":
+        """The program as it was after the pass `name` ("capture": before any)."""
+        if name not in self.snapshots:
+            raise KVCompileError(f"no pass {name!r} was run{nearest(name, self.snapshots)}; "
+                                 f"passes: {', '.join(self.snapshots)}")
+        return Program(self.name, self.snapshots[name], self.recipe)
+
+    def lower(self, recipe: str | Recipe, watch: Callable | None = None) -> "Program":
+        """This program under a recipe: all passes over the graph as it was captured.
+
+        `watch(pass, graph, outcomes, seconds)` is called after each pass.
+        """
+        recipe = Recipe.parse(recipe)
+        start = self.snapshots["capture"]
+        out = Program(self.name, copy_graph(start), recipe, snapshots={"capture": start},
+                      seconds={"capture": self.seconds["capture"]})
+        settings = plan(recipe, len(attention_nodes(start.graph)))
+        check_axes(settings)
+
+        def record(p: Pass, gm: GraphModule, outcomes: list[Outcome], seconds: float) -> None:
+            out.outcomes[p.name] = outcomes
+            out.seconds[p.name] = out.seconds.get(p.name, 0.0) + seconds
+            out.snapshots[p.name] = copy_graph(gm)
+            if watch:
+                watch(p, gm, outcomes, seconds)
+
+        run_passes(passes(), out.graph_module, settings, record)
+        for phase, p in phases().items():
+            gm = copy_graph(out.graph_module)
+            run_passes([p], gm, settings, record)
+            out.phases[phase] = gm
+        return out
+
+
+def capture(model: PreTrainedModel, recipe: str | Recipe = "full",
+            watch: Callable | None = None) -> Program:
+    """Capture a causal LM and run the passes of `recipe` over its graph.
+
+    The model is left exactly as it was and shares its parameters with the graph. Raises
+    UnsupportedModelError for what cannot be captured, RecipeError for a bad recipe.
+    """
+    start = time.perf_counter()
+    recipe = Recipe.parse(recipe)
+    gm = export(model)
+    program = Program(type(model).__name__, gm, recipe, snapshots={"capture": gm},
+                      seconds={"capture": time.perf_counter() - start})
+    return program.lower(recipe, watch)
+
+
+def _site(layer: int, node: torch.fx.Node) -> Site:
+    q, k, v = (argument(node, n).meta["val"] for n in "qkv")
+    return Site(layer, int(q.shape[1]), int(k.shape[1]), (int(k.shape[3]), int(v.shape[3])),
+                k.dtype, argument(node, "window"), Store.parse(argument(node, "store")))
