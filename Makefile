@@ -44,6 +44,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 compiler:
 	@command -v "$(CXX)" >/dev/null || \
 		{ echo "torch.compile needs a C++ compiler (Debian: apt install g++)"; exit 1; }
+	@$(PYTHON) -c 'import os, sysconfig as s, sys; \
+		sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' || \
+		{ echo "torch.compile needs Python.h (Debian: apt install python3-dev)"; exit 1; }
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

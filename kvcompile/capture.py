@@ -153,10 +153,16 @@ def export(model: PreTrainedModel) -> torch.fx.GraphModule:
         except Exception as error:
             raise UnsupportedModelError(_why(model, error)) from error
         masks = list(_trace.masks) if _trace else []
-    gm = program.run_decompositions({}).module(check_guards=False)
-    gm = _plain(gm)
+    if any(_mutates(n) for n in program.graph.nodes):  # slow, and few models write in place
+        program = program.run_decompositions({})
+    gm = _plain(program.module(check_guards=False))
     _check_sites(model, gm, masks)
     return gm
+
+
+def _mutates(node: torch.fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def _plain(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:

@@ -144,8 +144,7 @@ class MLP(nn.Module):
 
 
 def _norm(config: DecoderConfig, width: int) -> nn.RMSNorm | nn.LayerNorm:
-    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
-    return kind(width, eps=1e-5)
+    return (nn.RMSNorm if config.norm == "rms" else nn.LayerNorm)(width, eps=1e-5)
 
 
 def _turn(config: DecoderConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -179,7 +178,8 @@ def _mask(config: DecoderConfig, attention_mask: Tensor | None, x: Tensor) -> Te
     seen = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).tril()[None, None]
     if attention_mask is not None:
         seen = seen & attention_mask[:, None, None, :].bool()
-    return torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, torch.finfo(x.dtype).min)
+    lowest = max(torch.finfo(x.dtype).min, torch.finfo(torch.float32).min)  # survives the upcast
+    return torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, lowest)
 
 
 def _attend(config: DecoderConfig, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -48,8 +48,8 @@ def topics_ids(tokenizer: PreTrainedTokenizerBase, n: int, skip: int = 0) -> Lon
 
 def _convert(source: Path, folder: Path) -> None:
     """Write the de-quantized model (float32, exact) and tokenizer to `folder`, all or nothing."""
-    missing = [m for m in ("gguf", "accelerate", "sentencepiece") if not importlib.util.find_spec(m)]
-    if missing:
+    needed = ("gguf", "accelerate", "sentencepiece")
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise ModuleNotFoundError(f"reading a GGUF needs {', '.join(missing)}; run: {_INSTALL}")
     quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
     config = quantized.config.to_dict()

@@ -1,0 +1,137 @@
+"""Where the queries, keys and values of an attention come from, behind copies and broadcasts.
+
+A chain of copying ops (transpose, expand, reshape, repeat_interleave, ...) is followed by sending
+an index through it on real tensors: k repeated over query heads is undone to its kv heads, merged
+and grouped head dimensions are taken apart, without a pattern for any spelling of them.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import permutations
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from kvcompile.concrete import Concrete, Inputs, Miss, constant, kind, value
+
+MOVES = {"transpose", "permute", "t", "numpy_T", "mT", "swapaxes", "movedim", "view", "reshape",
+         "_unsafe_view", "_reshape_alias", "flatten", "unflatten", "expand", "expand_as",
+         "unsqueeze", "squeeze", "clone", "contiguous", "alias", "detach", "repeat",
+         "repeat_interleave", "slice", "select", "index", "index_select", "lift_fresh_copy"}
+CASTS = {"_to_copy", "to", "type_as", "float"}
+
+
+@dataclass(frozen=True)
+class Operand:
+    """[batch, heads, tokens, D], read from `node`: split, permuted, then heads flattened.
+
+    `split` is a dimension that holds batch and heads together; the operand that was traced is
+    `factor` times the result with each head repeated.
+    """
+
+    node: Node
+    heads: int
+    order: tuple[int, ...]
+    split: int | None = None
+    factor: float = 1.0
+
+    @property
+    def plain(self) -> bool:
+        return self.split is None and self.order == (0, 1, 2, 3)
+
+
+def trace(at: Concrete, operand: Node, arrange: Callable[[Tensor], Tensor], heads: int,
+          scaled: bool = True) -> Operand:
+    """The source of `operand` with the fewest heads and, of those, the nearest in plain form.
+
+    `arrange` brings a tensor of the operand's shape to [batch * heads, tokens, D]; constant
+    factors on the way are taken off if `scaled`.
+    """
+    found: list[Operand] = []
+    for node, factor, index, seen in _sources(at, operand, arrange, scaled):
+        for form, split in _forms(at, index):
+            found += [Operand(node, h, order, split, factor)
+                      for order, h in _orders(at, form, seen, heads)][:1]
+    if not found:
+        raise Miss("is no copy of a tensor [batch, heads, tokens, D]", operand)
+    return min(found, key=lambda o: (o.heads, not o.plain))
+
+
+def _sources(at: Concrete, operand: Node, arrange: Callable[[Tensor], Tensor],
+             scaled: bool) -> Iterator[tuple[Node, float, Tensor, Tensor]]:
+    """(node, factor, its elements' numbers, the same as `arrange` sees them) up the chain."""
+    chain: list[Node] = []
+    node, factor = operand, 1.0
+    while True:
+        shape = at.shape(node)
+        index = torch.arange(torch.Size(shape).numel()).view(shape)
+        moved = index
+        for step in reversed(chain):
+            known = {step.args[0]: moved}
+            args, kwargs = (at.argument(x, known) for x in (step.args, dict(step.kwargs)))
+            moved = step.target(*args, **kwargs)  # type: ignore[operator]
+        yield node, factor, index, arrange(moved)
+        if kind(node) in MOVES:
+            chain.append(node)
+        elif scaled and kind(node) in ("mul", "div"):
+            try:
+                scale, scaling = scaling_of(at.gm, at.inputs, node)
+            except Miss:
+                return
+            factor *= scaling
+            if at.shape(scale) != shape:
+                return
+            node = scale
+            continue
+        elif not _upcast(node):
+            return
+        node = node.args[0]  # type: ignore[assignment]
+
+
+def scaling_of(gm: object, inputs: Inputs, node: Node) -> tuple[Node, float]:
+    """(x, c) of a node that is c * x for a constant c."""
+    if node.kwargs or len(node.args) != 2:
+        raise Miss(f"'{kind(node)}' with options", node)
+    x, c = node.args
+    if kind(node) == "mul" and not isinstance(x, Node):
+        x, c = c, x
+    try:
+        number = constant(gm, inputs, c)  # type: ignore[arg-type]
+    except Miss:
+        if kind(node) == "div" or not isinstance(c, Node):
+            raise
+        x, number = c, constant(gm, inputs, x)  # type: ignore[arg-type]
+    return x, number if kind(node) == "mul" else 1 / number  # type: ignore[return-value]
+
+
+def _upcast(node: Node) -> bool:
+    """Whether the node is a cast that changes no value."""
+    if kind(node) not in CASTS or not isinstance(node.args[0], Node):
+        return False
+    before, after = value(node.args[0]).dtype, value(node).dtype
+    return torch.promote_types(before, after) == after and before.is_floating_point
+
+
+def _forms(at: Concrete, index: Tensor) -> Iterator[tuple[Tensor, int | None]]:
+    """`index` with batch and heads as dimensions of their own, and which dimension was split."""
+    if index.dim() in (4, 5):
+        yield index, None
+    if index.dim() == 3:
+        yield index[:, None], None
+        for dim, n in enumerate(index.shape):
+            if n % at.batch == 0:
+                yield index.unflatten(dim, (at.batch, -1)), dim
+
+
+def _orders(at: Concrete, form: Tensor, seen: Tensor,
+            heads: int) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Permutations that bring `form` to [batch, h.., tokens, D] as `seen` has it, with their h."""
+    for order in permutations(range(form.dim())):
+        view = form.permute(order)
+        h = torch.Size(view.shape[1:-2]).numel()
+        if view.shape[0] == at.batch and h and heads % h == 0 \
+                and view.shape[-2:] == seen.shape[-2:]:
+            each = view.flatten(1, -3).repeat_interleave(heads // h, 1)
+            if torch.equal(each.flatten(0, 1), seen):
+                yield order, h
