@@ -158,3 +158,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Ten
             else:
                 o[row, queries][:, keep], lse[row, queries][:, keep] = out
     return o, lse
+
+
+@body("view")
+def view(k: Tensor, v: Tensor, planes: list[Tensor], positions: Tensor, valid: Tensor, *,
+         store: str, length: int, layer: int = 0) -> tuple[Tensor, Tensor]:
+    """K [B, H, length, Dk] and V that a call sees: what is stored, decoded, then its own tokens.
+
+    Every row must hold the same number of tokens, and `length` be that plus this call's.
+    """
+    parsed = Store.parse(store)
+    count, tiers = _tiers(parsed, planes, k, v)
+    out = []
+    for side, x in zip(SIDES, (k, v), strict=True):
+        seen = x.new_empty(*x.shape[:2], length, x.shape[3])
+        seen[:, :, length - x.shape[2] :] = x
+        for row in range(x.shape[0]):
+            for heads, n in _runs(count[row]):
+                seen[row, heads, : length - x.shape[2]] = pages.stored(
+                    parsed, side, tiers[side], row, heads, n)
+        out.append(seen)
+    return out[0], out[1]

@@ -27,7 +27,7 @@ class Fp8:
             raise RecipeError(f"fp8(kind={self.kind}): kind must be one of {', '.join(KINDS)}")
 
     def planes(self, dim: int, dtype: torch.dtype) -> dict:
-        return {"codes": (KINDS[self.kind], (dim,)), "exponent": (torch.int8, (1,))}
+        return {"codes": (torch.uint8, (dim,)), "exponent": (torch.int8, (1,))}
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         x = x.float()
@@ -38,14 +38,17 @@ class Fp8:
         exponent = torch.where(exact, exponent - 1, exponent).clamp(-100, 120)
         exponent = torch.where(peak == 0, 0, exponent)
         codes = torch.ldexp(x, -exponent).clamp(-most, most).to(KINDS[self.kind])
-        return {"codes": codes, "exponent": exponent.to(torch.int8)}
+        return {"codes": codes.view(torch.uint8), "exponent": exponent.to(torch.int8)}
+
+    def _floats(self, planes: dict[str, Tensor]) -> Tensor:
+        return planes["codes"].view(KINDS[self.kind]).float()
 
     def decode(self, planes: dict[str, Tensor], dim: int, dtype: torch.dtype) -> Tensor:
-        return torch.ldexp(planes["codes"].float(), planes["exponent"].int()).to(dtype)
+        return torch.ldexp(self._floats(planes), planes["exponent"].int()).to(dtype)
 
     def error_bound(self, planes: dict[str, Tensor], dim: int) -> Tensor:
         info = torch.finfo(KINDS[self.kind])
-        half = planes["codes"].float().abs() * info.eps / 2 + info.smallest_normal * info.eps / 2
+        half = self._floats(planes).abs() * info.eps / 2 + info.smallest_normal * info.eps / 2
         return torch.ldexp(half, planes["exponent"].int())
 
     def limit(self, dtype: torch.dtype) -> float:

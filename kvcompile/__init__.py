@@ -13,6 +13,7 @@ from kvcompile.errors import (  # noqa: E402
     RecipeError,
     UnsupportedModelError,
 )
+from kvcompile.explain import Report, explain  # noqa: E402
 from kvcompile.method import methods  # noqa: E402
 from kvcompile.optimize import optimize  # noqa: E402
 from kvcompile.program import Program, capture  # noqa: E402
@@ -23,4 +24,4 @@ _module("kernels", "eager")  # registers the bodies of the kvc ops
 
 __version__ = "0.1.0"
 __all__ = ["CacheFullError", "KVCache", "KVCompileError", "Program", "Recipe", "RecipeError",
-           "UnsupportedModelError", "capture", "methods", "optimize"]
+           "Report", "UnsupportedModelError", "capture", "explain", "methods", "optimize"]

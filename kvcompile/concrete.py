@@ -7,9 +7,11 @@ copies between a key and its use are followed by an index. Only the nodes a valu
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
+from sympy import Integer
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
@@ -106,7 +108,7 @@ class Concrete:
         """The number that a size, or an expression of sizes, is here."""
         if not isinstance(x, SYMBOLIC):
             return x
-        expr = x.node.expr.xreplace(self.binding)
+        expr = x.node.expr.xreplace({s: Integer(n) for s, n in self.binding.items()})
         if expr.free_symbols:
             raise Miss(f"size {expr} does not follow from batch and tokens")
         return {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}[type(x)](expr)
@@ -116,6 +118,11 @@ class Concrete:
             return tuple(self.size(s) for s in value(node).shape)
         except Miss as miss:
             raise Miss(miss.reason, node) from None
+
+    def same_rows(self, before: Node, after: Node) -> bool:
+        """Whether a view from `before` to `after` keeps the last two dimensions as they are."""
+        a, b = self.shape(before), self.shape(after)
+        return a[-2:] == b[-2:] and prod(a) == prod(b)
 
     def argument(self, arg: Any, known: Mapping[Node, Any]) -> Any:
         """`arg` with its nodes replaced: by what is known, by their size, else by their value."""
@@ -193,14 +200,14 @@ def ancestors(graph: Graph, nodes: Iterable[Node]) -> list[Node]:
     return [n for n in graph.nodes if n in seen]
 
 
-def constant(gm: GraphModule, inputs: Inputs, x: Any) -> float:
+def constant(at: Concrete, x: Any) -> float:
     """The number that `x` is in every call: a literal, or a node of one element that needs none."""
     if isinstance(x, int | float):
         return float(x)
     if not isinstance(x, Node):
         raise Miss(f"{x} is not a number")
-    found = [torch.as_tensor(Concrete(gm, inputs, tokens).evaluate([x], _unknown)[0])
-             for tokens in (5, 7)]
+    both = (at, Concrete(at.gm, at.inputs, at.tokens + 2))
+    found = [torch.as_tensor(c.evaluate([x], _unknown)[0]) for c in both]
     if found[0].numel() != 1:
         raise Miss(f"has {found[0].numel()} elements, not one number", x)
     if not torch.equal(*found):

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from kvcompile.backend.inductor import compile_graph
-from kvcompile.cache import KVCache, Layer
+from kvcompile.own_cache import OwnCache
+from kvcompile.planes import Layer
 from kvcompile.errors import KVCompileError
 from kvcompile.program import Program
 from kvcompile.store import PAGE
@@ -28,7 +29,7 @@ class Engine:
         self.sites = program.sites
         self._decode: dict[bool, Callable] = {}
 
-    def run(self, cache: KVCache, ids: Tensor, positions: Tensor, valid: Tensor,
+    def run(self, cache: OwnCache, ids: Tensor, positions: Tensor, valid: Tensor,
             keep: Tensor, embeds: Tensor | None = None) -> Tensor:
         """Logits [B, N, V] for the columns `keep`, and the call's tokens stored in `cache`."""
         fresh = cache.get_seq_length() == 0

@@ -9,10 +9,9 @@ came further.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
-from kvcompile.concrete import Inputs, Miss, constant, kind, value
+from kvcompile.concrete import Concrete, Miss, constant, kind, value
 from kvcompile.masks import HIDDEN, Term
 from kvcompile.operands import CASTS, scaling_of
 from kvcompile.products import PRODUCTS
@@ -24,13 +23,12 @@ SHAPED = {"view", "reshape", "_unsafe_view", "expand", "unsqueeze", "squeeze", "
 
 @dataclass(frozen=True)
 class Logits:
-    """What lies between `product` and the softmax; `rank` is that of the masked scores."""
+    """What lies between `product` and the softmax, found in `depth` steps."""
 
     product: Node | None = None
     factor: float = 1.0
     softcap: float = 0.0
     terms: tuple[Term, ...] = ()
-    rank: int = 0
     sinks: Node | None = None
     depth: int = 0
 
@@ -43,8 +41,7 @@ class Logits:
 class Walk:
     """Finds the logits of a softmax in one graph."""
 
-    gm: GraphModule
-    inputs: Inputs
+    at: Concrete
 
     def logits(self, node: object, so: Logits = Logits()) -> Logits:
         """What `node` adds to `so`, the steps from the softmax down to here."""
@@ -65,10 +62,10 @@ class Walk:
             return replace(so, product=node, factor=so.factor * scale)
         if name in PRODUCTS:
             return replace(so, product=node)
-        if name in SAME | CASTS or name in SHAPED and _same_rows(node):
+        if name in SAME | CASTS or name in SHAPED and self.at.same_rows(first, node):
             return self.logits(first, so)
         if name in ("mul", "div"):
-            x, factor = scaling_of(self.gm, self.inputs, node)
+            x, factor = scaling_of(self.at, node)
             return self.logits(x, replace(so, factor=so.factor * factor))
         if name == "tanh":
             if so.softcap or so.factor <= 0:
@@ -103,10 +100,10 @@ class Walk:
     def _masked(self, so: Logits, node: Node, term: Term) -> Logits:
         if so.softcap:
             raise Miss("masks before the softcap, which keeps masked tokens visible", node)
-        return replace(so, terms=(*so.terms, term), rank=value(node).dim())
+        return replace(so, terms=(*so.terms, term._replace(rank=value(node).dim())))
 
     def _hides(self, fill: object, node: Node) -> None:
-        if (number := constant(self.gm, self.inputs, fill)) > HIDDEN:
+        if (number := constant(self.at, fill)) > HIDDEN:
             raise Miss(f"fills masked scores with {number:g}, which does not hide them", node)
 
 
@@ -125,13 +122,6 @@ def _first(*attempts: Callable[[], Logits]) -> Logits:
         except Miss as miss:
             misses.append(miss)
     raise max(misses, key=lambda m: m.depth)
-
-
-def _same_rows(node: Node) -> bool:
-    """Whether a view leaves the last two dimensions and the order of the others alone."""
-    before, after = (value(n).shape for n in (node.args[0], node))  # type: ignore[arg-type]
-    return bool(before[-2:] == after[-2:]
-                and torch.Size(before).numel() == torch.Size(after).numel())
 
 
 def _is_maximum(node: object, of: object) -> bool:

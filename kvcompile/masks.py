@@ -25,12 +25,14 @@ COUNTING = {"add", "sub", "rsub", "lt", "le", "gt", "ge", "eq", "ne", "div", "fl
 class Term(NamedTuple):
     """A tensor that takes part in masking the scores.
 
-    `add`: factor * tensor is added; `hide` (`see`): what is true in it is hidden (seen).
+    `add`: factor * tensor is added; `hide` (`see`): what is true in it is hidden (seen). The scores
+    [.., S, S] have `rank` dimensions, the leading ones are, flattened, batch and heads.
     """
 
     node: Node
     how: Literal["add", "hide", "see"]
     factor: float = 1.0
+    rank: int = 4
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,15 @@ class Masks:
         self.gm, self.inputs = gm, inputs
         self._found: dict[Any, Mask | Miss] = {}
 
-    def classify(self, site: Node, rank: int, terms: Sequence[Term], causal: bool = False) -> Mask:
-        """What `terms` and, if `causal`, a causal mask make of scores [.., S, S] of `rank` dims.
+    def classify(self, site: Node, terms: Sequence[Term], causal: bool = False) -> Mask:
+        """What `terms` and, if `causal`, a causal mask hide from the queries of `site`.
 
-        The leading dimensions are, flattened, batch and heads. Raises Miss, naming the node, a
-        query and a token, for everything that is not a `Mask`.
+        Raises Miss, naming the node, a query and a token, for everything that is not a `Mask`.
         """
-        key = (rank, tuple(terms), causal)
+        key = (tuple(terms), causal)
         if key not in self._found:
             try:
-                self._found[key] = self._judge(site, rank, terms, causal)
+                self._found[key] = self._judge(site, terms, causal)
             except Miss as miss:
                 self._found[key] = miss
         found = self._found[key]
@@ -65,10 +66,10 @@ class Masks:
             raise found
         return found
 
-    def _judge(self, site: Node, rank: int, terms: Sequence[Term], causal: bool) -> Mask:
+    def _judge(self, site: Node, terms: Sequence[Term], causal: bool) -> Mask:
         nodes = ancestors(self.gm.graph, [t.node for t in terms])
         padding = self.inputs.padding if self.inputs.padding in nodes else None
-        evaluate = _Evaluation(self.gm, self.inputs, rank, terms, causal, nodes)
+        evaluate = _Evaluation(self.gm, self.inputs, terms, causal, nodes)
         counts = evaluate.counts()
         while not evaluate.fits(counts[-1]):
             counts.pop()
@@ -107,36 +108,24 @@ class _Evaluation:
 
     gm: GraphModule
     inputs: Inputs
-    rank: int
     terms: Sequence[Term]
     causal: bool
     nodes: list[Node]  # the terms' and all that they depend on
 
     def __call__(self, tokens: int, valid: Tensor | None) -> Tensor:
         """[batch, heads or 1, tokens, tokens]; `valid` [tokens] is the first row's padding."""
-        batch, parts = self._parts(tokens, valid)
+        parts = self._parts(tokens, valid)
         total = torch.zeros(1, 1, tokens, tokens)
         if self.causal:
             total = total.masked_fill(torch.ones(tokens, tokens).triu(1).bool(), -torch.inf)
-        for part in parts:
-            total = total + self._aligned(part, batch)
-        return total
+        return sum(parts, total)
 
     def terms_at(self, tokens: int, valid: Tensor | None, at: tuple[int, ...]) -> list[float]:
         """What each term adds at (row, head, query, token)."""
-        batch, parts = self._parts(tokens, valid)
-        aligned = [self._aligned(p, batch) for p in parts]
         return [float(x[tuple(min(i, n - 1) for i, n in zip(at, x.shape, strict=True))])
-                for x in aligned]
+                for x in self._parts(tokens, valid)]
 
-    def _aligned(self, x: Tensor, batch: int) -> Tensor:
-        x = x[(None,) * (self.rank - x.dim())]
-        if self.rank <= 3:
-            x = x[(None,) * (3 - self.rank)]
-            return x[None] if x.shape[0] == 1 else x.unflatten(0, (batch, -1))
-        return x.flatten(1, -3)
-
-    def _parts(self, tokens: int, valid: Tensor | None) -> tuple[int, list[Tensor]]:
+    def _parts(self, tokens: int, valid: Tensor | None) -> list[Tensor]:
         at = Concrete(self.gm, self.inputs, tokens, batch=2 if tokens <= max(SMALL) else 1)
         rows = torch.ones(at.batch, tokens, dtype=torch.bool)
         if valid is not None:
@@ -150,8 +139,7 @@ class _Evaluation:
                 if not any(value(n).is_floating_point() for n in others)]
         if not runs or not all(torch.equal(*pair) for pair in zip(runs[0], runs[-1], strict=True)):
             raise Miss(f"depends on the values of '{others[0].name}'", wanted[0])
-        parts = [_addend(t, x.cpu()) for t, x in zip(self.terms, runs[0], strict=True)]
-        return at.batch, parts
+        return [_addend(t, x.cpu(), at.batch) for t, x in zip(self.terms, runs[0], strict=True)]
 
     def _leaf(self, at: Concrete, rows: Tensor, noise: int, node: Node) -> Tensor:
         """What the placeholder `node` holds: padding, positions, or values that mean nothing."""
@@ -196,7 +184,13 @@ class _Evaluation:
         return True
 
 
-def _addend(term: Term, x: Tensor) -> Tensor:
+def _addend(term: Term, x: Tensor, batch: int) -> Tensor:
+    """What the term's tensor x adds to scores [batch, heads, S, S]."""
+    x = x[(None,) * (term.rank - x.dim())]
+    if term.rank <= 3:
+        x = x[(None,) * (3 - term.rank)]
+        x = x[None] if x.shape[0] == 1 else x.unflatten(0, (batch, -1))
+    x = x.flatten(1, -3)
     if term.how == "add":
         return x.float() * term.factor
     return torch.zeros(x.shape).masked_fill(x.bool() == (term.how == "hide"), -torch.inf)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from kvcompile.concrete import Concrete, Inputs, Miss, constant, kind, value
+from kvcompile.concrete import Concrete, Miss, constant, kind, value
 
 MOVES = {"transpose", "permute", "t", "numpy_T", "mT", "swapaxes", "movedim", "view", "reshape",
          "_unsafe_view", "_reshape_alias", "flatten", "unflatten", "expand", "expand_as",
@@ -41,25 +41,34 @@ class Operand:
         return self.split is None and self.order == (0, 1, 2, 3)
 
 
-def trace(at: Concrete, operand: Node, arrange: Callable[[Tensor], Tensor], heads: int,
-          scaled: bool = True) -> Operand:
-    """The source of `operand` with the fewest heads and, of those, the nearest in plain form.
+def sources(at: Concrete, operand: Node, arrange: Callable[[Tensor], Tensor],
+            scaled: bool = True) -> list[Operand]:
+    """What `operand` is a copy of: fewest heads first and, of those, the nearest in plain form.
 
     `arrange` brings a tensor of the operand's shape to [batch * heads, tokens, D]; constant
     factors on the way are taken off if `scaled`.
     """
     found: list[Operand] = []
-    for node, factor, index, seen in _sources(at, operand, arrange, scaled):
+    for node, factor, index, seen in _chain(at, operand, arrange, scaled):
+        heads = seen.shape[0] // at.batch
         for form, split in _forms(at, index):
             found += [Operand(node, h, order, split, factor)
                       for order, h in _orders(at, form, seen, heads)][:1]
     if not found:
         raise Miss("is no copy of a tensor [batch, heads, tokens, D]", operand)
-    return min(found, key=lambda o: (o.heads, not o.plain))
+    return sorted(found, key=lambda o: (o.heads, not o.plain))
 
 
-def _sources(at: Concrete, operand: Node, arrange: Callable[[Tensor], Tensor],
-             scaled: bool) -> Iterator[tuple[Node, float, Tensor, Tensor]]:
+def per_head(at: Concrete, operand: Node, heads: int) -> Node:
+    """The tensor [heads] of which `operand` [batch, heads, tokens, 1] is a copy."""
+    for node, _, index, seen in _chain(at, operand, lambda x: x, scaled=False):
+        if index.dim() == 1 and torch.equal(seen, index.view(1, -1, 1, 1).expand_as(seen)):
+            return node
+    raise Miss(f"is no copy of one number for each of {heads} heads", operand)
+
+
+def _chain(at: Concrete, operand: Node, arrange: Callable[[Tensor], Tensor],
+           scaled: bool) -> Iterator[tuple[Node, float, Tensor, Tensor]]:
     """(node, factor, its elements' numbers, the same as `arrange` sees them) up the chain."""
     chain: list[Node] = []
     node, factor = operand, 1.0
@@ -71,12 +80,15 @@ def _sources(at: Concrete, operand: Node, arrange: Callable[[Tensor], Tensor],
             known = {step.args[0]: moved}
             args, kwargs = (at.argument(x, known) for x in (step.args, dict(step.kwargs)))
             moved = step.target(*args, **kwargs)  # type: ignore[operator]
-        yield node, factor, index, arrange(moved)
+        try:
+            yield node, factor, index, arrange(moved)
+        except RuntimeError as error:
+            raise Miss("does not broadcast to batch and heads", operand) from error
         if kind(node) in MOVES:
             chain.append(node)
         elif scaled and kind(node) in ("mul", "div"):
             try:
-                scale, scaling = scaling_of(at.gm, at.inputs, node)
+                scale, scaling = scaling_of(at, node)
             except Miss:
                 return
             factor *= scaling
@@ -89,7 +101,7 @@ def _sources(at: Concrete, operand: Node, arrange: Callable[[Tensor], Tensor],
         node = node.args[0]  # type: ignore[assignment]
 
 
-def scaling_of(gm: object, inputs: Inputs, node: Node) -> tuple[Node, float]:
+def scaling_of(at: Concrete, node: Node) -> tuple[Node, float]:
     """(x, c) of a node that is c * x for a constant c."""
     if node.kwargs or len(node.args) != 2:
         raise Miss(f"'{kind(node)}' with options", node)
@@ -97,11 +109,11 @@ def scaling_of(gm: object, inputs: Inputs, node: Node) -> tuple[Node, float]:
     if kind(node) == "mul" and not isinstance(x, Node):
         x, c = c, x
     try:
-        number = constant(gm, inputs, c)  # type: ignore[arg-type]
+        number = constant(at, c)
     except Miss:
         if kind(node) == "div" or not isinstance(c, Node):
             raise
-        x, number = c, constant(gm, inputs, x)  # type: ignore[arg-type]
+        x, number = c, constant(at, x)
     return x, number if kind(node) == "mul" else 1 / number  # type: ignore[return-value]
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvcompile.cache import KVCache
+from kvcompile.own_cache import OwnCache
 from kvcompile.engine import Engine
 from kvcompile.errors import KVCompileError
 from kvcompile.program import Program, capture
@@ -29,16 +30,20 @@ def optimize(model: PreTrainedModel, recipe: str | Recipe = "minicache+kivi", *,
     prefill_chunk  tokens of a prompt that are processed at a time; later chunks read what earlier
                    ones stored
 
-    `model` is left as it was. Raises RecipeError, or UnsupportedModelError if the model cannot be
-    captured or mixes tokens by anything but attention.
+    `model` is left as it was; if it is itself an optimized model, its captured graph is used again.
+    Raises RecipeError, or UnsupportedModelError if the model cannot be captured or mixes tokens by
+    anything but attention.
     """
-    base = model.kvcompile.model if isinstance(model, Optimized) else model
     Recipe.parse(recipe)
     for name, value in (("max_length", max_length), ("prefill_chunk", prefill_chunk)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise KVCompileError(f"{name}={value!r}: must be a positive whole number")
-    program = capture(base, recipe)
-    self_check(base, program)
+    if isinstance(model, Optimized):
+        model.kvcompile.check_weights(model)
+        base, program = model.kvcompile.model, model.kvcompile.program.lower(recipe)
+    else:
+        base, program = model, capture(model, recipe)
+        self_check(base, program)
     cls = type(f"KVCompiled{type(base).__name__}", (Optimized, type(base)), {
         "__doc__": f"{type(base).__name__} with a KV cache compressed by kvcompile.",
         "__module__": __name__})
@@ -65,11 +70,11 @@ class State:
         self.weights = _weights(model)
         self.warned = False
 
-    def new_cache(self) -> KVCache:
-        return KVCache(self.engine.sites, str(self.program.recipe), self.owner, self.max_length)
+    def new_cache(self) -> OwnCache:
+        return OwnCache(self.engine.sites, str(self.program.recipe), self.owner, self.max_length)
 
     def check_weights(self, model: PreTrainedModel) -> None:
-        """Values changed in place are used as they are; parameters that were replaced are refused."""
+        """Values changed in place are used as they are; replaced parameters are refused."""
         now = _weights(model)
         if now == self.weights:
             return
@@ -131,7 +136,7 @@ class Optimized(PreTrainedModel):
         out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         return out.to_tuple() if return_dict is False else out
 
-    def _chunks(self, cache: KVCache, ids: Tensor, positions: Tensor, valid: Tensor, keep: Tensor,
+    def _chunks(self, cache: OwnCache, ids: Tensor, positions: Tensor, valid: Tensor, keep: Tensor,
                 embeds: Tensor | None) -> Tensor:
         """Run a call in pieces of `prefill_chunk` tokens."""
         size, tokens = self.kvcompile.prefill_chunk or ids.shape[1], ids.shape[1]
@@ -152,10 +157,10 @@ class Optimized(PreTrainedModel):
                         "cache (%s)", self.kvcompile.program.recipe)
         return self.kvcompile.engine.stateless(ids, positions, valid, keep, embeds)
 
-    def _own_cache(self, cache: Any) -> KVCache | None:
+    def _own_cache(self, cache: Any) -> OwnCache | None:
         if cache is None:
             return None
-        if not isinstance(cache, KVCache):
+        if not isinstance(cache, OwnCache):
             if cache.get_seq_length() == 0:
                 return self.kvcompile.new_cache()
             raise KVCompileError(f"past_key_values is a {type(cache).__name__} that already holds "
@@ -169,8 +174,8 @@ class Optimized(PreTrainedModel):
                                       **kwargs: Any) -> None:
         """generate() starts with an empty KVCache instead of a DynamicCache."""
         if generation_config.cache_implementation is not None:
-            raise KVCompileError(f"cache_implementation={generation_config.cache_implementation!r} "
-                                 "cannot be combined with kvcompile, which brings its own cache")
+            raise KVCompileError("kvcompile brings its own cache: cache_implementation="
+                                 f"{generation_config.cache_implementation!r} cannot be combined")
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.kvcompile.new_cache()
 
@@ -195,7 +200,7 @@ def _refuse(model: PreTrainedModel, **options: Any) -> None:
             raise KVCompileError(f"forward got {name}, which {type(model).__name__} does not take")
 
 
-def _valid(mask: Tensor | None, cache: KVCache | None, batch: int, tokens: int, past: int,
+def _valid(mask: Tensor | None, cache: OwnCache | None, batch: int, tokens: int, past: int,
            device: torch.device) -> Tensor:
     """bool [B, S]: which of this call's columns are tokens rather than padding."""
     if mask is None:

@@ -1,7 +1,9 @@
-"""The two products of an attention, in one notation: labels of two operands and of the result."""
+"""The two products of an attention, in one notation: a label for every dimension.
 
-from collections.abc import Callable, Sequence
-from string import ascii_uppercase as BATCH
+    scores[bhst] = sum_d q[bhsd] k[bhtd],   out[bhse] = sum_t weights[bhst] v[bhte]
+"""
+
+from string import ascii_uppercase as LETTERS
 from typing import NamedTuple
 
 from torch import Tensor
@@ -12,46 +14,76 @@ from kvcompile.concrete import Miss, kind, value
 PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum"}
 
 
-class Product(NamedTuple):
-    """out[..] = sum of a[..] * b[..] over the labels that are not in out."""
+class Side(NamedTuple):
+    """An operand of a product, to be seen as [*batch, *last]; `sizes` are those of batch."""
 
-    a: Node
-    b: Node
-    labels: tuple[str, str, str]
+    node: Node
+    labels: str
+    batch: str = ""
+    last: str = ""
+    sizes: tuple[int, ...] = ()
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """A tensor of the operand's shape as [all of batch, *last].
+
+        Batch dimensions that it lacks are repeated, and heads within their group.
+        """
+        x = x.permute([self.labels.index(n) for n in self.batch + self.last if n in self.labels])
+        for dim in (i for i, n in enumerate(self.batch) if n not in self.labels):
+            x = x.unsqueeze(dim)
+        if self.batch and 1 < x.shape[-3] < self.sizes[-1]:
+            x = x.repeat_interleave(self.sizes[-1] // x.shape[-3], -3)
+        x = x.expand(*self.sizes, -1, -1)
+        return x.reshape(-1, *x.shape[-2:])
+
+    def size(self, label: str) -> object:
+        return value(self.node).shape[self.labels.index(label)]
 
 
-def product(node: Node) -> Product:
-    """The product that `node` computes, an addend of baddbmm left aside."""
+def product(node: Node) -> tuple[Side, Side, str]:
+    """The operands of a product and the labels of its result; an addend is left aside."""
     if kind(node) == "einsum":
-        equation, operands = node.args[:2]
-        spelled, _, out = str(equation).replace(" ", "").partition("->")
-        parts = spelled.split(",")
-        if len(parts) != 2 or not out or "." in spelled or any(len({*p}) < len(p) for p in parts):
+        equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+        spelled, _, out = equation.partition("->")
+        labels = spelled.split(",")
+        if len(labels) != 2 or not out or "." in spelled or any(len({*x}) < len(x) for x in labels):
             raise Miss(f"einsum '{equation}' is no plain product of two tensors", node)
-        a, b = operands  # type: ignore[misc]
-        return Product(a, b, (parts[0], parts[1], out))
-    a, b = node.args[1:3] if kind(node) == "baddbmm" else node.args[:2]
-    ranks = [value(x).dim() for x in (a, b)]  # type: ignore[arg-type]
-    if min(ranks) < 2:
-        raise Miss("multiplies by a vector", node)
-    batch = BATCH[: max(ranks) - 2]
-    left, right = (batch[len(batch) - r + 2 :] for r in ranks)
-    return Product(a, b, (left + "xy", right + "yz", batch + "xz"))  # type: ignore[arg-type]
+    else:
+        operands = node.args[1:3] if kind(node) == "baddbmm" else node.args[:2]
+        ranks = [value(x).dim() for x in operands]  # type: ignore[arg-type, union-attr]
+        if min(ranks) < 2:
+            raise Miss("multiplies by a vector", node)
+        batch = LETTERS[: max(ranks) - 2]
+        labels = [batch[len(batch) - ranks[0] + 2 :] + "xy", batch[len(batch) - ranks[1] + 2 :] + "yz"]
+        out = batch + "xz"
+    a, b = operands  # type: ignore[misc]
+    return Side(a, labels[0]), Side(b, labels[1]), out
 
 
-def arranged(labels: str, batch: str, last: str,
-             sizes: Sequence[int]) -> Callable[[Tensor], Tensor]:
-    """Brings a tensor with `labels` to [batch and heads, *last], repeated over what it lacks.
+def scores_of(node: Node) -> tuple[Side, Side]:
+    """(q as [.., tokens, D], k as [.., tokens, D]) of the product that gives scores [.., S, T]."""
+    a, b, out = product(node)
+    q, k = (a, b) if out[-1] in b.labels else (b, a)
+    summed = (set(q.labels) & set(k.labels)) - set(out)
+    row, token, batch = out[-2], out[-1], out[:-2]
+    if len(summed) != 1 or row in k.labels or row not in q.labels or token in q.labels:
+        raise Miss("is no product of queries and keys [.., tokens, D]", node)
+    depth = summed.pop()
+    return q._replace(batch=batch, last=row + depth), k._replace(batch=batch, last=token + depth)
 
-    `sizes` are those of the `batch` labels; a tensor that has fewer heads repeats each.
+
+def values_of(node: Node, weights: Node) -> tuple[Side, str]:
+    """(v as [.., tokens, D], the labels of the result) of the product of `weights` with values.
+
+    The result has the labels of weights' leading dimensions, `x` for the query and `z` for D.
     """
-    def arrange(x: Tensor) -> Tensor:
-        x = x.permute([labels.index(n) for n in batch + last if n in labels])
-        for dim, n in enumerate(batch):
-            if n not in labels:
-                x = x.unsqueeze(dim)
-        if batch and 1 < x.shape[len(batch) - 1] < sizes[-1]:
-            x = x.repeat_interleave(sizes[-1] // x.shape[len(batch) - 1], len(batch) - 1)
-        return x.expand(*sizes, -1, -1).reshape(-1, *x.shape[-2:])
-
-    return arrange
+    w, v, out = product(node)
+    if w.node is not weights:
+        w, v = v, w
+    token, row, new = w.labels[-1], w.labels[-2], set(v.labels) - set(w.labels)
+    if v.node is weights or len(new) != 1 or token in out or token not in v.labels \
+            or row in v.labels or set(out) != {*w.labels[:-1], *new}:
+        raise Miss("is no product of weights [.., S, T] with values [.., T, D]", node)
+    depth = new.pop()
+    named = out.translate({ord(row): "\0", ord(depth): "\1"})
+    return v._replace(batch=w.labels[:-2], last=token + depth), named

@@ -1,4 +1,4 @@
-"""A captured model on its way: the stateless graph, what passes did to it, the graphs with a cache."""
+"""A captured model on its way: the stateless graph, what passes did, the graphs with a cache."""
 
 import sys
 import time

@@ -83,7 +83,7 @@ def check_axes(plan: Sequence[LayerPlan]) -> None:
 
 def run_passes(sequence: Sequence[Pass], gm: GraphModule, plan: Sequence[LayerPlan],
                after: Callback | None = None) -> None:
-    """Run the passes over `gm`, verifying it after each; `after(pass, graph, outcomes, seconds)`."""
+    """Run and verify each pass over `gm`; `after(pass, graph, outcomes, seconds)` is called."""
     done: list[str] = []
     for p in sequence:
         start = time.perf_counter()

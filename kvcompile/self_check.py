@@ -18,7 +18,7 @@ def self_check(model: PreTrainedModel, program: Program) -> None:
 
     Raises UnsupportedModelError that names the first node, other than attention, that mixes tokens.
     """
-    from kvcompile.cache import KVCache
+    from kvcompile.own_cache import OwnCache
     from kvcompile.engine import Engine
 
     exact = program.lower("full")
@@ -34,7 +34,7 @@ def self_check(model: PreTrainedModel, program: Program) -> None:
         model.train(training)
         stateless = exact.graph_module(ids, positions, valid, torch.arange(total, device=device))
         engine, got = Engine(exact, compile=False), []
-        cache = KVCache(engine.sites, "full", "self-check")
+        cache = OwnCache(engine.sites, "full", "self-check")
         for start, end in [(0, PROMPT)] + [(PROMPT + i, PROMPT + i + 1) for i in range(STEPS)]:
             at = slice(start, end)
             got.append(engine.run(cache, ids[:, at], positions[:, at], valid[:, at],

@@ -86,15 +86,23 @@ class Store:
         return Store(**sides, sinks=term.get("sinks", 0), window=term.get("window", 0))
 
     @staticmethod
-    def of(axes: Mapping[str, object]) -> "Store":
-        """The store for a layer's axes: format.k, block.k, lag.k, the same of v, sinks, window."""
+    def of(axes: Mapping[str, object], own: int = 0) -> "Store":
+        """The store for a layer's axes: format.k, block.k, lag.k, the same of v, sinks, window.
+
+        A layer whose own attention window is `own` sees own - 1 earlier tokens, so no more are
+        kept: that is exact. There a recipe's sinks would be out of sight; its budget is spent on
+        recent tokens.
+        """
         def side(s: str) -> Side:
             fmt = _format(axes.get(f"format.{s}", DENSE))
             block = axes.get(f"block.{s}", fmt.step)
             return Side(fmt, block, axes.get(f"lag.{s}", 0))  # type: ignore[arg-type]
 
-        return Store(side("k"), side("v"), axes.get("sinks", 0),  # type: ignore[arg-type]
-                     axes.get("window", 0))  # type: ignore[arg-type]
+        sinks, window = (int(axes.get(a, 0)) for a in ("sinks", "window"))  # type: ignore[call-overload]
+        if own:
+            window = min(max(own - 1, 1), sinks + window if window else own)
+            sinks = 0
+        return Store(side("k"), side("v"), sinks, window)
 
     def __str__(self) -> str:
         args: list[tuple[str, object]] = []

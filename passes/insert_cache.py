@@ -55,7 +55,8 @@ class InsertCache:
                 if self.phase == "prefill":
                     if len(fine) > 1:
                         fine[-1] = _call(graph, aten.logical_and.default, *fine[-2:])
-                    _append(graph, node, own, _call(graph, aten.bitwise_and.Tensor, valid, fine[-1]))
+                    allowed = _call(graph, aten.bitwise_and.Tensor, valid, fine[-1])
+                    _append(graph, node, own, allowed)
                 else:
                     _attend(graph, node, own)
         output = graph.output_node()

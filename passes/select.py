@@ -16,8 +16,7 @@ from kvcompile.store import Store
 class Select:
     """Keep the first `sinks` and the last `window` tokens; drop the others when one more arrives.
 
-    A layer whose own attention window is w sees w - 1 earlier tokens, so no more are kept: that is
-    exact. There a recipe's sinks would be out of sight; its budget is spent on recent tokens.
+    Layers with an attention window of their own keep no more than it shows (`Store.of`).
     """
 
     name: ClassVar[str] = "select"
@@ -27,18 +26,15 @@ class Select:
     def run(self, gm: GraphModule, plan: Sequence[LayerPlan]) -> list[Outcome]:
         outcomes: list[Outcome] = []
         for index, node in enumerate(attention_nodes(gm.graph)):
-            own = argument(node, "window")
-            sinks = cast(int, plan[index].get("sinks", 0))
-            window = cast(int, plan[index].get("window", 0))
-            if own:
-                window = min(max(own - 1, 1), sinks + window if window else own)
-                sinks = 0
-            if not window:
+            axes = {a: v for a, v in plan[index].values.items() if a in self.axes}
+            kept = Store.of(axes, argument(node, "window"))
+            if not kept.window:
                 continue
-            store = replace(Store.parse(argument(node, "store")), sinks=sinks, window=window)
+            store = replace(Store.parse(argument(node, "store")), sinks=kept.sinks,
+                            window=kept.window)
             node.kwargs = cast(Any, {**node.kwargs, "store": str(store)})
-            outcomes.append(Rewritten(index, f"{sinks} first and {window} last tokens" if sinks
-                                      else f"{window} last tokens"))
+            first = f"{kept.sinks} first and " if kept.sinks else ""
+            outcomes.append(Rewritten(index, f"{first}{kept.window} last tokens"))
         return outcomes
 
 

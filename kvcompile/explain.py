@@ -1,0 +1,125 @@
+"""explain(): what a recipe makes of a model, layer by layer, and what its cache takes."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from kvcompile.baseline import Uncompressed, uncompressed
+from kvcompile.errors import CacheFullError, KVCompileError
+from kvcompile.optimize import Optimized
+from kvcompile.plan import runs
+from kvcompile.program import Program, capture
+from kvcompile.recipe import Recipe
+from kvcompile.rows import Row, rows
+from kvcompile.show import as_text
+
+TOKENS = 4096  # the length for which str() gives bytes
+
+
+def explain(model: PreTrainedModel, recipe: str | Recipe | None = None) -> "Report":
+    """What `recipe` makes of a model: which passes change which layers, storage, bytes, kernels.
+
+    A plain model is captured (recipe: `full` unless given); optimize() may still refuse it, since
+    its self-check runs there. An optimized model shows its own program, or another recipe lowered
+    from the same capture.
+    """
+    if not isinstance(model, Optimized):
+        return Report(capture(model, recipe or "full"), uncompressed(model))
+    state = model.kvcompile
+    program = state.program if recipe is None else state.program.lower(recipe)
+    return Report(program, uncompressed(state.model), state.max_length)
+
+
+class Report:
+    """The result of `explain`: `str()` is a table, `rows` its data, one row per layer and pass."""
+
+    def __init__(self, program: Program, baseline: Sequence[Uncompressed],
+                 max_length: int | None = None) -> None:
+        self.program, self.max_length, self.sites = program, max_length, program.sites
+        self.baseline = tuple(baseline)
+        if len(baseline) != len(self.sites):  # the model caches nothing, or shares among layers
+            sizes: list[float] = [site.exact_bytes_per_token for site in self.sites]
+        else:
+            sizes = [layer.bytes_per_token for layer in baseline]
+        self.rows: list[Row] = rows(program, sizes)
+
+    def kv_bytes(self, tokens: int, batch: int = 1) -> int:
+        """`KVCache.nbytes` after one call with a prompt of `tokens` tokens in every row."""
+        _positive(tokens=tokens, batch=batch)
+        reserve = self.max_length or 0
+        if reserve and tokens > reserve:
+            raise CacheFullError(f"{tokens} tokens exceed max_length={reserve}")
+        return sum(s.store.nbytes(s.dims, s.dtype, s.heads, [tokens] * batch, reserve)
+                   for s in self.sites)
+
+    def baseline_kv_bytes(self, tokens: int, batch: int = 1) -> int:
+        """Bytes of K and V in Hugging Face's uncompressed cache after the same call."""
+        _positive(tokens=tokens, batch=batch)
+        return batch * sum(layer.nbytes(tokens) for layer in self.baseline)
+
+    def __str__(self) -> str:
+        return f"{self.table()}\n{self.memory(self.max_length or TOKENS)}"
+
+    def table(self) -> str:
+        """Layers whose rows are equal share one block; a cell that repeats within it is left out."""
+        table = Table("layer", "pass", "outcome", "storage", "bytes/token", "kernel",
+                      box=box.SIMPLE, pad_edge=False)
+        for layers, block in self._blocks():
+            shown = ("", "")
+            for i, row in enumerate(block):
+                what = row.what if row.status == "rewritten" else f"{row.status}: {row.what}"
+                now = (row.storage, row.kernel)
+                table.add_row("" if i else layers, row.name, what + f" ({row.node})" * bool(row.node),
+                              "" if now[0] == shown[0] else now[0],
+                              f"{row.before:g} -> {row.after:g}",
+                              "" if now[1] == shown[1] else now[1])
+                shown = now
+        return "\n".join([f"{self.program.name}, recipe: {self.program.recipe}", "", as_text(table),
+                          "", *self._notes()])
+
+    def memory(self, tokens: int, batch: int = 1) -> str:
+        """One line: bytes of the cache after `tokens` tokens, uncompressed and by the recipe."""
+        full, ours = self.baseline_kv_bytes(tokens, batch), self.kv_bytes(tokens, batch)
+        each = f" in each of {batch} rows" if batch > 1 else ""
+        share = f" ({ours / full:.1%})" if full else ""
+        return f"{tokens:,} tokens{each}: {full:,} bytes uncompressed -> {ours:,} bytes{share}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything in plain types."""
+        plain = [{"pass" if key == "name" else key: value for key, value in asdict(row).items()}
+                 for row in self.rows]
+        return {"model": self.program.name, "recipe": str(self.program.recipe),
+                "max_length": self.max_length, "rows": plain}
+
+    def to_json(self) -> str:
+        """`as_dict` as JSON text."""
+        return json.dumps(self.as_dict(), indent=2)
+
+    def _blocks(self) -> list[tuple[str, list[Row]]]:
+        """(layers in short, the rows of each of them), in order of the first layer."""
+        layers: dict[tuple, list[int]] = {}
+        for site in self.sites:
+            own = [row for row in self.rows if row.layer == site.layer]
+            key = tuple(tuple(asdict(row).values())[1:] for row in own)
+            layers.setdefault(key, []).append(site.layer)
+        return [(runs(which).split(" ", 1)[1], [r for r in self.rows if r.layer == which[0]])
+                for which in layers.values()]
+
+    def _notes(self) -> list[str]:
+        """`eager body (layers 0-29): why`, for kernels that are not fused."""
+        found: dict[tuple[str, str], set[int]] = {}
+        for row in self.rows:
+            found.setdefault((row.kernel, row.why), set()).add(row.layer)
+        return [f"{kernel} ({runs(layers)}): {why}" for (kernel, why), layers in found.items()
+                if why]
+
+
+def _positive(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if not isinstance(value, int) or value < 1:
+            raise KVCompileError(f"{name}={value!r}: must be a positive whole number")

@@ -1,0 +1,127 @@
+"""OwnCache: the KVCache of an optimized model, which knows padding, positions and failures."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompile.cache import KVCache
+from kvcompile.errors import CacheFullError, KVCompileError
+from kvcompile.format import PAGE
+from kvcompile.planes import Layer
+from kvcompile.program import Site
+
+
+class OwnCache(KVCache):
+    """Filled by an optimized model's graphs between `begin` and `commit` or `rollback`.
+
+    `get_seq_length()` counts input columns, padding included; padding is never stored, so rows of
+    a batch may hold different numbers of tokens.
+    """
+
+    is_compileable = False  # type: ignore[assignment]
+
+    def __init__(self, sites: tuple[Site, ...], recipe: str, owner: str,
+                 max_length: int | None = None) -> None:
+        super(KVCache, self).__init__(layers=[])
+        self.recipe, self.owner, self.max_length = recipe, owner, max_length
+        self._sites = sites
+        self.windows = [s.window for s in sites]
+        self.plan_stores = [s.store for s in sites]
+        self.reset()
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self._sites
+
+    @property
+    def rows(self) -> list[int]:
+        return self._rows
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self._columns + query_length, 0
+
+    def _position_ids(self, row: int) -> Tensor:
+        return self._ids[row, : self._columns][self._valid[row, : self._columns]]
+
+    def begin(self, valid: Tensor, positions: Tensor) -> list[Tensor]:
+        """Make room for a call's tokens (valid, positions [B, S]); the flat planes of all layers.
+
+        Raises CacheFullError before anything is changed, and KVCompileError for another batch size.
+        """
+        batch, tokens = valid.shape
+        if self._torn:
+            raise KVCompileError("the cache was left half-written by an interrupted call; "
+                                 "reset() it or start a new one")
+        if self.stores and batch != self._batch:
+            raise KVCompileError(f"the cache holds a batch of {self._batch}, the call has "
+                                 f"{batch} rows")
+        if self.max_length is not None and self._columns + tokens > self.max_length:
+            raise CacheFullError(f"{self._columns} cached and {tokens} new tokens exceed "
+                                 f"max_length={self.max_length}")
+        if not self.stores:
+            self._batch, self._rows = batch, [0] * batch
+            self.stores = [Layer(s, batch, valid.device) for s in self._sites]
+            self._valid = torch.zeros(batch, 0, dtype=torch.bool)
+            self._ids = torch.zeros(batch, 0, dtype=torch.int32)
+        self._new = valid.sum(1).tolist()
+        counts = [max(n + m, self.max_length or 0)
+                  for n, m in zip(self._rows, self._new, strict=True)]
+        for layer in self.stores:
+            layer.reserve(counts)
+        self._note(valid, positions)
+        self._torn = True
+        return [p for layer in self.stores for p in layer.planes]
+
+    def commit(self, tokens: int) -> None:
+        """The call's tokens have been stored."""
+        self._rows = [n + m for n, m in zip(self._rows, self._new, strict=True)]
+        self._columns += tokens
+        self._torn = False
+
+    def rollback(self) -> None:
+        """The call stored nothing that counts: every layer's count is put back."""
+        self._set_counts()
+        self._torn = False
+
+    def _note(self, valid: Tensor, positions: Tensor) -> None:
+        """Remember the columns' validity and positions, for `positions` and `crop`."""
+        end = self._columns + valid.shape[1]
+        if end > self._valid.shape[1]:
+            grown = max(end, 2 * self._valid.shape[1], PAGE) - self._valid.shape[1]
+            self._valid = torch.nn.functional.pad(self._valid, (0, grown))
+            self._ids = torch.nn.functional.pad(self._ids, (0, grown))
+        self._valid[:, self._columns : end] = valid
+        self._ids[:, self._columns : end] = positions
+
+    def same_columns(self, mask: Tensor) -> bool:
+        """Whether `mask` [B, columns] agrees with the padding that the cache was given."""
+        return torch.equal(mask.bool().cpu(), self._valid[:, : self._columns])
+
+    def reset(self) -> None:
+        super().reset()
+        self._rows: list[int] = []
+        self._new: list[int] = []
+        self._torn = False
+        self._valid = torch.zeros(0, 0, dtype=torch.bool)
+        self._ids = torch.zeros(0, 0, dtype=torch.int32)
+
+    def _shorten(self, columns: int) -> None:
+        self._columns = columns
+        self._rows = self._valid[:, :columns].sum(1).tolist()
+
+    def _select(self, rows: list[int]) -> None:
+        super()._select(rows)
+        self._rows = [self._rows[r] for r in rows]
+        self._valid, self._ids = self._valid[rows], self._ids[rows]
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise KVCompileError("this cache belongs to an optimized model; pass it to that model's "
+                             "forward or generate(), or make a KVCache(config, recipe)")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KVCache":
+        new = super().__deepcopy__(memo)
+        assert isinstance(new, OwnCache)
+        new._rows, new._new = list(self._rows), list(self._new)
+        new._valid, new._ids = self._valid.clone(), self._ids.clone()
+        return new

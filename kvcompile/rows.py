@@ -1,0 +1,124 @@
+"""What the passes did to each layer of a program, and what became of its storage."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch.fx import GraphModule
+
+from kvcompile.errors import KVCompileError
+from kvcompile.format import step_bytes, term_of
+from kvcompile.ir import attention_nodes
+from kvcompile.plan import plan
+from kvcompile.program import Program, Site
+from kvcompile.recipe import Recipe
+from kvcompile.rewrite import Outcome, Pass, Refused, Rewritten, copy_graph, passes, run_passes
+from kvcompile.store import SIDES, Store
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one pass did to one layer.
+
+    `status` is rewritten, refused, or warning (a term that changes nothing there); `what` says it
+    in words, and `node` is the one in the way of a refusal. `storage` is how the layer is stored
+    after the pass, `before` and `after` are bytes per stored token. `kernel` is what runs the
+    layer's ops in the end, `why` the reason if that is no fused kernel.
+    """
+
+    layer: int
+    name: str
+    status: str
+    what: str
+    node: str
+    storage: str
+    before: float
+    after: float
+    kernel: str
+    why: str
+
+
+def rows(program: Program, before: Sequence[float]) -> list[Row]:
+    """One row per layer and pass, layer by layer; `before` are bytes per token at the start."""
+    found = [*_rewrites(program, list(before)), *_idle(program)]
+    return sorted(found, key=lambda row: row.layer)
+
+
+def kernel_of(site: Site) -> tuple[str, str]:
+    """What runs the kvc ops of `site`, and why that is no fused kernel ("" if it is one)."""
+    return "eager body", f"no fused kernel yet for {storage(site.store).replace(chr(10), ', ')}"
+
+
+def storage(store: Store) -> str:
+    """A store in short: a line for K and one for V (one if alike), and one for what is kept."""
+    lines = []
+    for side in map(store.side, SIDES):
+        block = f" by {side.block}" if side.block > side.format.step else ""
+        lines.append(f"{term_of(side.format)}{block}" + (f", last {side.lag} exact" * bool(side.lag)))
+    lines = [f"K, V {lines[0]}"] if lines[0] == lines[1] else [f"K {lines[0]}", f"V {lines[1]}"]
+    kept = [f"{word} {n}" for word, n in (("first", store.sinks), ("last", store.window)) if n]
+    if kept:
+        lines.append(f"{' and '.join(kept)} tokens" + " exact" * (not store.window))
+    return "\n".join(lines)
+
+
+def bytes_per_token(site: Site) -> float:
+    """Bytes of one token's K and V in the tier where tokens end up; pages are not rounded up."""
+    total = 0.0
+    for side, dim in zip(SIDES, site.dims, strict=True):
+        tier = "body" if "body" in site.store.tiers(side) else "recent"
+        fmt = site.store.format(side, tier)
+        total += site.heads * step_bytes(fmt, dim, site.dtype) / fmt.step
+    return total
+
+
+def _rewrites(program: Program, before: list[float]) -> Iterator[Row]:
+    last = program.sites
+    for name, outcomes in program.outcomes.items():
+        sites = program.after(name).sites or last  # a graph with a cache has no attention left
+        for layer in sorted({outcome.layer for outcome in outcomes}):
+            own = [outcome for outcome in outcomes if outcome.layer == layer]
+            refused = next((o for o in own if isinstance(o, Refused)), None)
+            if refused:
+                told = ("refused", refused.reason, refused.node)
+            else:
+                told = ("rewritten", ", ".join(o.what for o in own if isinstance(o, Rewritten)), "")
+            after = bytes_per_token(sites[layer])
+            yield Row(layer, name, *told, storage(sites[layer].store), before[layer], after,
+                      *kernel_of(last[layer]))
+            before[layer] = after
+
+
+def _idle(program: Program) -> Iterator[Row]:
+    """A warning wherever a term claims a layer and the passes do the same without it."""
+    terms, sites = program.recipe.terms, program.sites
+    now = _effects(program, program.recipe)
+    for i, term in enumerate(terms):
+        claimed = [bool(own.values) for own in plan(Recipe((term,)), len(sites))]
+        others = terms[:i] + terms[i + 1 :]
+        if not any(claimed):
+            continue
+        try:
+            without = _effects(program, Recipe(others) if others else Recipe.parse("full"))
+        except KVCompileError:  # the others cannot stand without it
+            continue
+        for site in sites:
+            if claimed[site.layer] and now[site.layer] == without[site.layer]:
+                size = bytes_per_token(site)
+                yield Row(site.layer, "recipe", "warning", f"{term} changes nothing here", "",
+                          storage(site.store), size, size, *kernel_of(site))
+
+
+def _effects(program: Program, recipe: Recipe) -> list[list[str]]:
+    """Per layer, what each pass says of it under `recipe`, and its storage at the end."""
+    start = program.snapshots["capture"]
+    gm = copy_graph(start)
+    told: list[list[str]] = [[] for _ in attention_nodes(gm.graph)]
+
+    def note(p: Pass, _: GraphModule, outcomes: list[Outcome], __: float) -> None:
+        for outcome in outcomes:
+            told[outcome.layer].append(f"{p.name} {outcome}")
+
+    run_passes(passes(), gm, plan(recipe, len(told)), note)
+    for site in Program(program.name, gm, recipe).sites:
+        told[site.layer].append(str(site.store))
+    return told
