@@ -143,7 +143,7 @@ class KVCache(Cache):
                **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store k [B, H, S, Dk] and v [B, H, S, Dv]; K and V that this call sees, decoded."""
         batch, _, tokens, _ = key_states.shape
-        if self._columns + tokens > self._room or layer_idx >= len(self.stores):
+        if self._columns + tokens > self._room or not self._fits(key_states, value_states, layer_idx):
             self._make_room(key_states, value_states, layer_idx)
         layer = self.stores[layer_idx]
         store, planes = str(layer.site.store), layer.planes
@@ -152,12 +152,17 @@ class KVCache(Cache):
         positions = positions.expand(batch, -1)
         valid = torch.ones_like(positions, dtype=torch.bool)
         k, v = torch.ops.kvc.view(key_states, value_states, planes, positions, valid,
-                                  store=store, length=seen, layer=layer_idx)
+                                  store=store, length=seen, window=self.windows[layer_idx],
+                                  layer=layer_idx)
         torch.ops.kvc.append(planes, key_states, value_states, positions, valid,
                              store=store, layer=layer_idx)
         if layer_idx == len(self.plan_stores) - 1:
             self._columns += tokens
         return k, v
+
+    def _fits(self, k: Tensor, v: Tensor, layer_idx: int) -> bool:
+        site = self.stores[layer_idx].site
+        return site.heads == k.shape[1] and site.dims == (k.shape[3], v.shape[3])
 
     @torch._dynamo.disable  # type: ignore[misc,untyped-decorator]
     def _make_room(self, k: Tensor, v: Tensor, layer_idx: int) -> None:
@@ -170,15 +175,15 @@ class KVCache(Cache):
             raise KVCompileError(f"the cache holds a batch of {self._batch}, the call has {batch} "
                                  "rows")
         self._batch = batch
-        if layer_idx == len(self.stores):
-            site = Site(layer_idx, heads, heads, (k.shape[3], v.shape[3]), k.dtype,
-                        self.windows[layer_idx], self.plan_stores[layer_idx])
-            self.stores.append(Layer(site, batch, k.device))
+        for i in range(layer_idx, len(self.plan_stores) if layer_idx == 0 else layer_idx + 1):
+            site = Site(i, heads, heads, (k.shape[3], v.shape[3]), k.dtype, self.windows[i],
+                        self.plan_stores[i])  # the other layers are most likely like the first
+            if i == len(self.stores) or not self._columns and self.stores[i].site != site:
+                self.stores[i:i + 1] = [Layer(site, batch, k.device)]
         room = max(self._columns + tokens, self.max_length or 0)
         for layer in self.stores:
             layer.reserve([room] * batch)
-        if len(self.stores) == len(self.plan_stores):
-            self._room = self.max_length or room
+        self._room = self.max_length or room
 
     # ---- transformers' operations --------------------------------------------------------
 

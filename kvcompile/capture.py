@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 NAME = "kvcompile"  # the attention implementation under which models are traced
 IGNORED = {"dropout", "is_causal", "position_ids", "use_cache", "cache_position",
            "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep"}
+TOKENS = 37  # a prime that no other dimension is likely to have, to recognise the token axis by
 PROBE = 96  # tokens over which mask functions are compared with causal and window masks
 
 
@@ -103,7 +104,7 @@ class _Stateless(nn.Module):
 
 @contextmanager
 def _as_traced(model: PreTrainedModel) -> Iterator[None]:
-    """The model in evaluation mode on our attention; everything is put back afterwards."""
+    """The model in evaluation mode, on our attention; everything is put back afterwards."""
     global _trace
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     for config in list(configs.values()):  # sub-configurations carry an implementation each
@@ -111,16 +112,25 @@ def _as_traced(model: PreTrainedModel) -> Iterator[None]:
             if hasattr(value, "_attn_implementation"):
                 configs.setdefault(id(value), value)
     attention = [(c, c.__dict__.get("_attn_implementation_internal")) for c in configs.values()]
-    modes = [(m, m.training) for m in model.modules()]
     try:
         for config, _ in attention:
             config._attn_implementation_internal = NAME
-        model.eval()
-        yield
+        with evaluating(model):
+            yield
     finally:
         _trace = None
         for config, value in attention:
             config._attn_implementation_internal = value
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; every module's own mode is put back afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
         for module, training in modes:
             module.training = training
 
@@ -137,27 +147,38 @@ def export(model: PreTrainedModel) -> torch.fx.GraphModule:
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder; kvcompile "
                                     "compiles decoder-only models")
-    device = model.device
-    ids = torch.zeros(2, 16, dtype=torch.long, device=device) + 3
-    positions = torch.arange(16, device=device).expand(2, -1).contiguous()
-    example = (ids, positions, torch.ones(2, 16, dtype=torch.bool, device=device),
-               torch.arange(3, device=device))
     b, s, n = (torch.export.Dim(x, min=1, max=2**20) for x in ("batch", "tokens", "wanted"))
     shapes = ({0: b, 1: s}, {0: b, 1: s}, {0: b, 1: s}, {0: n})
+    try:
+        gm, masks = _export(model, 2, 16, shapes)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(_why(model, error)) from error
+    _check_sites(model, gm, masks)
+    return gm
+
+
+def export_fixed(model: PreTrainedModel, tokens: int) -> torch.fx.GraphModule:
+    """The graph for one row of exactly `tokens` tokens, of whatever kind the model is."""
+    return _export(model, 1, tokens, None)[0]
+
+
+def _export(model: PreTrainedModel, batch: int, tokens: int,
+            shapes: Any) -> tuple[torch.fx.GraphModule, list[Callable]]:
+    """(graph, mask functions that the model asked for)."""
+    device = model.device
+    ids = torch.full((batch, tokens), 3, dtype=torch.long, device=device)
+    positions = torch.arange(tokens, device=device).expand(batch, -1).contiguous()
+    example = (ids, positions, torch.ones_like(ids, dtype=torch.bool),
+               torch.arange(3, device=device))
     with torch.no_grad(), _as_traced(model):
-        wrapper = _Stateless(model)
-        try:
-            program = torch.export.export(wrapper, example, dynamic_shapes=shapes, strict=False)
-        except UnsupportedModelError:
-            raise
-        except Exception as error:
-            raise UnsupportedModelError(_why(model, error)) from error
+        program = torch.export.export(_Stateless(model), example, dynamic_shapes=shapes,
+                                      strict=False)
         masks = list(_trace.masks) if _trace else []
     if any(_mutates(n) for n in program.graph.nodes):  # slow, and few models write in place
         program = program.run_decompositions({})
-    gm = _plain(program.module(check_guards=False))
-    _check_sites(model, gm, masks)
-    return gm
+    return _plain(program.module(check_guards=False)), masks
 
 
 def _mutates(node: torch.fx.Node) -> bool:
@@ -247,11 +268,21 @@ def source(node: torch.fx.Node) -> str:
 
 def _why(model: PreTrainedModel, error: Exception) -> str:
     """One line for a failed export: what failed, in which op, at which line of the model."""
+    from kvcompile.self_check import mixer
+
     text = next((x for x in str(error).splitlines() if x.strip()), type(error).__name__).strip()
     place, tb = "", error.__traceback__
     while tb is not None:
         path = tb.tb_frame.f_code.co_filename
-        if "/transformers/" in path or "modeling" in path:
+        if not any(x in path for x in ("/torch/", "/kvcompile/", "contextlib.py", "<")):
             place = f" in {tb.tb_frame.f_code.co_name} ({path.rsplit('/', 1)[-1]}:{tb.tb_lineno})"
         tb = tb.tb_next
+    if "Constraints violated" in text:  # it computes on the number of tokens: what does?
+        try:
+            mixes = mixer(export_fixed(model, TOKENS), model, TOKENS)
+        except Exception as second:
+            log.debug("no graph of fixed length either: %s", second)
+            mixes = ""
+        text = "its graph depends on the number of tokens"
+        place = mixes or place
     return f"{type(model).__name__} cannot be captured: {text[:300]}{place}"

@@ -20,20 +20,21 @@ SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 # ops for which one argument's values do not matter, its shape or dtype alone
 LIKE = {"zeros_like": 0, "ones_like": 0, "full_like": 0, "empty_like": 0, "new_zeros": 0,
         "new_ones": 0, "new_full": 0, "new_empty": 0, "expand_as": 1, "type_as": 1, "view_as": 1}
+CASTS = {"_to_copy", "to", "type_as", "float", "convert_element_type"}
 
 
 class Miss(Exception):
-    """Why a rule does not apply, the node where that shows, and how many steps it had matched."""
+    """Why a rule does not apply, and the node where that shows."""
 
-    def __init__(self, reason: str, node: Node | None = None, depth: int = 0) -> None:
+    def __init__(self, reason: str, node: Node | None = None) -> None:
         super().__init__(reason)
-        self.reason, self.node, self.depth = reason, node, depth
+        self.reason, self.node = reason, node
 
 
 def kind(node: Any) -> str:
-    """The name of the aten op that `node` calls, whatever its overload; "" for all else."""
+    """The name of the aten or prims op that `node` calls, without overload; "" for all else."""
     target = getattr(node, "target", None)
-    if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
+    if isinstance(target, torch._ops.OpOverload) and target.namespace in ("aten", "prims"):
         return target.overloadpacket.__name__
     return ""
 

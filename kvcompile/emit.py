@@ -9,9 +9,9 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from kvcompile.concrete import Inputs, value
+from kvcompile.concrete import Inputs, kind, value
 from kvcompile.ir import ATTENTION
-from kvcompile.operands import Operand
+from kvcompile.operands import MOVES, Operand
 
 if TYPE_CHECKING:
     from kvcompile.recognize import Site
@@ -58,6 +58,7 @@ class Emitter:
                 o = self.call(aten.permute.default, o, list(site.order), like=out)
             o = self.cast(o, value(out).dtype, out)
         out.replace_all_uses_with(o)
+        _free_layout(o)
         for node in {out: None, site.node: None}:  # sdpa counts as random: never dead by itself
             if not node.users:
                 self.graph.erase_node(node)
@@ -121,3 +122,16 @@ class Emitter:
             with self.graph.inserting_before(self._top):
                 self._made[key] = make()
         return self._made[key]
+
+
+def _free_layout(start: Node) -> None:
+    """Turn views of `start` into reshapes: they were traced for strides that are no more."""
+    todo, seen = [start], {start}
+    while todo:
+        for user in todo.pop().users:
+            if user.target is aten.view.default:
+                user.target = aten.reshape.default
+            pointwise = torch.Tag.pointwise in getattr(user.target, "tags", ())
+            if user not in seen and kind(user) != "clone" and (kind(user) in MOVES or pointwise):
+                seen.add(user)
+                todo.append(user)

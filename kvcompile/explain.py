@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from textwrap import fill
 from typing import Any
 
 from rich import box
@@ -16,7 +17,7 @@ from kvcompile.plan import runs
 from kvcompile.program import Program, capture
 from kvcompile.recipe import Recipe
 from kvcompile.rows import Row, rows
-from kvcompile.show import as_text
+from kvcompile.show import WIDTH, as_text
 
 TOKENS = 4096  # the length for which str() gives bytes
 
@@ -66,19 +67,20 @@ class Report:
         return f"{self.table()}\n{self.memory(self.max_length or TOKENS)}"
 
     def table(self) -> str:
-        """Layers whose rows are equal share one block; a cell that repeats within it is left out."""
-        table = Table("layer", "pass", "outcome", "storage", "bytes/token", "kernel",
+        """Layers whose rows are equal share a block; what repeats within it is left out."""
+        table = Table(*("layer", "pass", "outcome", "storage", "bytes/token", "kernel"),
                       box=box.SIMPLE, pad_edge=False)
+        for column in table.columns:
+            column.overflow = "fold"
         for layers, block in self._blocks():
-            shown = ("", "")
             for i, row in enumerate(block):
+                above = block[i - 1] if i else None
                 what = row.what if row.status == "rewritten" else f"{row.status}: {row.what}"
-                now = (row.storage, row.kernel)
-                table.add_row("" if i else layers, row.name, what + f" ({row.node})" * bool(row.node),
-                              "" if now[0] == shown[0] else now[0],
-                              f"{row.before:g} -> {row.after:g}",
-                              "" if now[1] == shown[1] else now[1])
-                shown = now
+                table.add_row(
+                    "" if above else layers, row.name, f"{what} ({row.node})" if row.node else what,
+                    "" if above and above.storage == row.storage else row.storage,
+                    "" if above and row.before == row.after else f"{row.before:g} -> {row.after:g}",
+                    "" if above else row.kernel)
         return "\n".join([f"{self.program.name}, recipe: {self.program.recipe}", "", as_text(table),
                           "", *self._notes()])
 
@@ -115,8 +117,8 @@ class Report:
         found: dict[tuple[str, str], set[int]] = {}
         for row in self.rows:
             found.setdefault((row.kernel, row.why), set()).add(row.layer)
-        return [f"{kernel} ({runs(layers)}): {why}" for (kernel, why), layers in found.items()
-                if why]
+        return [fill(f"{kernel} ({runs(layers)}): {why}", WIDTH, subsequent_indent="    ")
+                for (kernel, why), layers in found.items() if why]
 
 
 def _positive(**numbers: int) -> None:

@@ -1,10 +1,11 @@
-"""The kvc dialect: five ops over torch.fx, each with a schema, a fake and a plain PyTorch body.
+"""The kvc dialect: ops over torch.fx, each with a schema, a fake and a plain PyTorch body.
 
     kvc.attention  what capture emits: causal attention among the tokens of one call
     kvc.rope       rotary embedding, explicit so that keys can be cached before or after it
     kvc.append     store this call's tokens (mutates the planes in place)
     kvc.attend     attention over what earlier calls stored and, exactly, this call's tokens
     kvc.view       what a call sees as dense K and V (for models that attend by themselves)
+    kvc.causal     the validity of this call's tokens, by a mask that must hide nothing else
 
 Shapes: q [B, Hq, S, Dk], k [B, H, S, Dk], v [B, H, S, Dv], positions and valid [B, S] (valid is
 False for padding: such tokens are neither seen nor stored). `store` is the text of a
@@ -34,14 +35,16 @@ LIB.define(
 )
 LIB.define(
     "view(Tensor k, Tensor v, Tensor[] planes, Tensor positions, Tensor valid, *, "
-    "str store, int length, int layer=0) -> (Tensor, Tensor)"
+    "str store, SymInt length, int window=0, int layer=0) -> (Tensor, Tensor)"
 )
+LIB.define("causal(Tensor mask, Tensor k, *, int window=0) -> Tensor")
 
 ATTENTION = torch.ops.kvc.attention.default
 ROPE = torch.ops.kvc.rope.default
 APPEND = torch.ops.kvc.append.default
 ATTEND = torch.ops.kvc.attend.default
 VIEW = torch.ops.kvc.view.default
+CAUSAL = torch.ops.kvc.causal.default
 OPS = (ATTENTION, ROPE, APPEND, ATTEND, VIEW)
 
 
@@ -69,8 +72,13 @@ def _(
 
 
 @torch.library.register_fake("kvc::view", lib=LIB)
-def _(k, v, planes, positions, valid, *, store, length, layer=0):
+def _(k, v, planes, positions, valid, *, store, length, window=0, layer=0):
     return tuple(x.new_empty(x.shape[0], x.shape[1], length, x.shape[3]) for x in (k, v))
+
+
+@torch.library.register_fake("kvc::causal", lib=LIB)
+def _(mask, k, *, window=0):
+    return k.new_empty(k.shape[0], k.shape[2], dtype=torch.bool)
 
 
 def body(name: str):

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from kvcompile.concrete import Concrete, Miss, constant, kind, value
+from kvcompile.concrete import CASTS, Concrete, Miss, constant, kind, value
 
 MOVES = {"transpose", "permute", "t", "numpy_T", "mT", "swapaxes", "movedim", "view", "reshape",
          "_unsafe_view", "_reshape_alias", "flatten", "unflatten", "expand", "expand_as",
          "unsqueeze", "squeeze", "clone", "contiguous", "alias", "detach", "repeat",
          "repeat_interleave", "slice", "select", "index", "index_select", "lift_fresh_copy"}
-CASTS = {"_to_copy", "to", "type_as", "float"}
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def optimize(model: PreTrainedModel, recipe: str | Recipe = "minicache+kivi", *,
     out.generation_config = copy.deepcopy(base.generation_config)
     object.__setattr__(out, "kvcompile", State(base, program, Engine(program, compile), max_length,
                                                prefill_chunk))
-    out.eval()
+    out.training = False  # of its own: eval() would reach the shared modules
     return out
 
 

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from kvcompile.concrete import SYMBOLIC, Concrete, Inputs, Miss, constant, kind, value
+from kvcompile.concrete import CASTS, SYMBOLIC, Concrete, Inputs, Miss, constant, kind, value
 from kvcompile.emit import Emitter
 from kvcompile.errors import UnsupportedModelError
 from kvcompile.ir import ATTENTION, argument, attention_nodes
 from kvcompile.logits import SAME, SHAPED, Walk
 from kvcompile.masks import Mask, Masks, Term
-from kvcompile.operands import CASTS, Operand, per_head, sources
+from kvcompile.operands import Operand, per_head, sources
 from kvcompile.products import LETTERS, PRODUCTS, Side, scores_of, values_of
 from kvcompile.rewrite import Outcome, Refused, Rewritten
 

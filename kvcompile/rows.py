@@ -52,12 +52,13 @@ def storage(store: Store) -> str:
     """A store in short: a line for K and one for V (one if alike), and one for what is kept."""
     lines = []
     for side in map(store.side, SIDES):
-        block = f" by {side.block}" if side.block > side.format.step else ""
-        lines.append(f"{term_of(side.format)}{block}" + (f", last {side.lag} exact" * bool(side.lag)))
+        block = f", {side.block} at a time" if side.block > side.format.step else ""
+        lag = f", last {side.lag} exact" if side.lag else ""
+        lines.append(f"{term_of(side.format)}{block}{lag}")
     lines = [f"K, V {lines[0]}"] if lines[0] == lines[1] else [f"K {lines[0]}", f"V {lines[1]}"]
     kept = [f"{word} {n}" for word, n in (("first", store.sinks), ("last", store.window)) if n]
     if kept:
-        lines.append(f"{' and '.join(kept)} tokens" + " exact" * (not store.window))
+        lines.append(f"{' and '.join(kept)} tokens" + ("" if store.window else " exact"))
     return "\n".join(lines)
 
 

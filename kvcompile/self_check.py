@@ -1,11 +1,11 @@
 """The mandatory check: decoding with a cache must compute what the model computes without one."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from transformers import PreTrainedModel
 
-from kvcompile.capture import source
+from kvcompile.capture import TOKENS, evaluating, source
 from kvcompile.errors import UnsupportedModelError
 from kvcompile.ir import ATTENTION
 from kvcompile.program import Program
@@ -28,10 +28,8 @@ def self_check(model: PreTrainedModel, program: Program) -> None:
     positions = torch.arange(total, device=device)[None]
     valid = torch.ones(1, total, dtype=torch.bool, device=device)
     with torch.no_grad():
-        training = model.training
-        model.eval()
-        want = model(input_ids=ids, use_cache=False).logits
-        model.train(training)
+        with evaluating(model):
+            want = model(input_ids=ids, use_cache=False).logits
         stateless = exact.graph_module(ids, positions, valid, torch.arange(total, device=device))
         engine, got = Engine(exact, compile=False), []
         cache = OwnCache(engine.sites, "full", "self-check")
@@ -43,12 +41,12 @@ def self_check(model: PreTrainedModel, program: Program) -> None:
     if not _close(want, stateless):
         raise UnsupportedModelError(
             f"{name}: its captured graph gives other logits than the model (by "
-            f"{_difference(want, stateless):.2g}){_mixer_text(model, exact.graph_module)}")
+            f"{_difference(want, stateless):.2g}){mixer(exact.graph_module, model)}")
     if not _close(stateless, torch.cat(got, 1)):
         raise UnsupportedModelError(
             f"{name}: decoding with a cache gives other logits than the whole sequence (by "
             f"{_difference(stateless, torch.cat(got, 1)):.2g})"
-            f"{_mixer_text(model, exact.graph_module)}")
+            f"{mixer(exact.graph_module, model)}")
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
@@ -61,48 +59,47 @@ def _close(want: Tensor, got: Tensor) -> bool:
     return _difference(want, got) <= max(256 * eps, 1e-4) * (1 + want.float().abs().max().item())
 
 
-def _mixer_text(model: PreTrainedModel, gm: GraphModule) -> str:
-    node = mixer(gm, model)
-    if node is None:
-        return ""
-    return (f": node '{node.name}' ({node.target}){source(node)} mixes tokens and is not attention")
+def mixer(gm: GraphModule, model: PreTrainedModel, tokens: int = TOKENS) -> str:
+    """`: node 'x' (op) (file:line) mixes tokens and is not attention`, or nothing.
 
-
-def mixer(gm: GraphModule, model: nn.Module) -> Node | None:
-    """The first node, other than attention, through which a later token sees an earlier one.
-
-    Runs the graph on two prompts that differ in their first token, everything else being taken from
-    the first run, and looks for a node whose later tokens differ.
+    Runs the graph on two prompts that differ in their first token, attention's results being taken
+    from the first run, and looks for the first node whose later tokens differ.
     """
-    tokens = 37  # a prime that no other dimension is likely to have
-    device = next(model.parameters()).device
+    device = model.device
     vocab = model.config.get_text_config().vocab_size
     ids = torch.randint(0, vocab, (1, tokens), generator=torch.Generator().manual_seed(1))
     other = ids.clone()
     other[0, 0] = (ids[0, 0] + 1) % vocab
     positions = torch.arange(tokens, device=device)[None]
-    rest = (positions, torch.ones_like(positions, dtype=torch.bool), positions[0])
-    runs = [_Record(gm, tokens), _Record(gm, tokens)]
+    rest = (positions, torch.ones_like(positions, dtype=torch.bool), positions[0, :3])
+    runs = [_Record(gm), _Record(gm)]
     with torch.no_grad():
         runs[0].run(ids.to(device), *rest)
-        runs[1].attention = runs[0].attention  # what attention mixes is taken from the first run
+        runs[1].attention = runs[0].attention
         runs[1].run(other.to(device), *rest)
-    for node in gm.graph.nodes:
+    def differs(node: Node) -> bool | None:
+        """Whether later tokens differ; None where the node has no token axis, but differs."""
         a, b = runs[0].values.get(node), runs[1].values.get(node)
-        if a is None or b is None:
-            continue
-        axis = next((i for i, s in enumerate(a.shape) if s == tokens), None)
-        later = (a.narrow(axis, 1, tokens - 1), b.narrow(axis, 1, tokens - 1)) if (
-            axis is not None) else (a, b)
-        if not torch.equal(*later) and node.op == "call_function":
-            return node
-    return None
+        if a is None or b is None or a.dtype == torch.bool:
+            return False
+        axis = next((i for i, size in enumerate(a.shape) if size == tokens), None)
+        if axis is None:
+            return False if torch.equal(a, b) else None
+        return not torch.equal(*(x.narrow(axis, 1, tokens - 1) for x in (a, b)))
+
+    guilty = next((n for n in gm.graph.nodes if differs(n)), None)
+    if guilty is None:
+        return ""
+    while back := [n for n in guilty.all_input_nodes if differs(n) is None]:
+        guilty = back[0]  # such as a convolution over a padded sequence
+    return (f": node '{guilty.name}' ({guilty.target}){source(guilty)} mixes tokens and is not "
+            "attention")
 
 
 class _Record(Interpreter):
     """Keeps every tensor of a run; attention's results come from `attention` if it is filled."""
 
-    def __init__(self, gm: GraphModule, tokens: int) -> None:
+    def __init__(self, gm: GraphModule) -> None:
         super().__init__(gm)
         self.values: dict[Node, Tensor] = {}
         self.attention: dict[Node, Tensor] = {}

@@ -2,6 +2,7 @@
 
     torch._inductor.compile_fx.compile_fx      compile an fx graph without Dynamo: no guards are
         evaluated per call (a decode step has hundreds of planes and weights), nothing can recompile
+    make_fx   Dynamo graphs as ATen ops before any decomposition
     torch._subclasses.FakeTensorMode, ShapeEnv, StatelessSymbolicContext, DimDynamic   inputs with
         symbolic sizes that share no symbol (duck_shape=False), since pools of equal size now need
         not be equal later
@@ -15,6 +16,7 @@ from torch._dynamo.source import ConstantSource
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
     ShapeEnv,
@@ -38,3 +40,17 @@ def compile_graph(gm: GraphModule, inputs: Sequence[Tensor],
                                       source=ConstantSource(f"__kvc_{i}")))
     with torch.no_grad():
         return compile_fx(gm, fakes)
+
+
+def to_aten(gm: GraphModule, inputs: Sequence) -> GraphModule:
+    """A Dynamo graph as ATen ops, sdpa and linear kept whole; `inputs` are its fake inputs."""
+    def run(*args):
+        return torch.fx.Interpreter(gm).run(*args)
+
+    with torch.no_grad():
+        return make_fx(run, tracing_mode="real", pre_dispatch=True)(*inputs)
+
+
+def compile_dynamo(gm: GraphModule, inputs: Sequence) -> Callable:
+    """Compile what a Dynamo backend was given, with Inductor."""
+    return compile_fx(gm, list(inputs))

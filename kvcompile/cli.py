@@ -1,0 +1,116 @@
+"""The command line: kvcompile run | explain | recipes; errors are one line and exit code 2."""
+
+import argparse
+import math
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+from transformers.utils import logging as transformers_logging
+
+from kvcompile import commands
+from kvcompile.errors import KVCompileError
+
+RECIPE = "kivi(bits=4)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    command = "kvcompile"
+    try:
+        args = _parser().parse_args(argv)
+        command = f"kvcompile {args.command}"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's, about itself
+            args.function(args)
+            sys.stdout.flush()
+        return 0
+    except KVCompileError as error:
+        print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader had enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def _share(text: str) -> float:
+    if _above_zero(text) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than 1")
+    return float(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="kvcompile", description="A compiler for the KV cache of causal LMs.")
+    add = parser.add_subparsers(dest="command", required=True, metavar="run | explain | recipes")
+
+    run = add.add_parser("run", help="generate text with a compressed cache")
+    _model(run)
+    run.add_argument("--demo", action="store_true",
+                     help="a long text: bytes, perplexity and speed beside Hugging Face")
+    prompt = run.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT", help="token ids for a model without tokenizer")
+    prompt.add_argument("--prompt-file", metavar="FILE")
+    run.add_argument("--chat", action="store_true", help="put the prompt into the chat template")
+    run.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
+    run.add_argument("--sample", action="store_true", help="sample instead of the likeliest token")
+    run.add_argument("--temperature", type=_above_zero, default=1.0, help="with --sample")
+    run.add_argument("--top-p", type=_share, default=1.0, help="with --sample")
+    run.add_argument("--seed", type=int, default=0, help="with --sample")
+    run.add_argument("--no-compile", action="store_true", help="run the decode graph eagerly")
+    run.set_defaults(function=commands.run)
+
+    explain = add.add_parser("explain", help="what a recipe makes of a model, layer by layer")
+    _model(explain)
+    explain.add_argument("--tokens", type=_positive, default=4096, metavar="N",
+                         help="length for which KV bytes are given (4096)")
+    explain.add_argument("--print-graph", nargs="?", const="", metavar="PASS",
+                         help="print the graph, as it is after PASS or after all of them")
+    explain.set_defaults(function=commands.explain)
+
+    recipes = add.add_parser("recipes", help="the methods that recipes are made of")
+    recipes.add_argument("name", nargs="?", metavar="NAME", help="one method in full")
+    recipes.add_argument("--json", action="store_true")
+    recipes.set_defaults(function=commands.recipes)
+    return parser
+
+
+def _model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="smollm2", metavar="M",
+                        help="hub id, folder, smollm2 (default) or tiny-<arch>, e.g. tiny-llama")
+    parser.add_argument("--recipe", default=RECIPE, metavar="R",
+                        help=f'such as "{RECIPE}" (default); see kvcompile recipes')
+    parser.add_argument("--dtype", choices=sorted(commands.DTYPES))
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
