@@ -9,10 +9,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kvcompile.errors import KVCompileError
 from kvcompile.ir import body
 from kvcompile.kernels import pages
-from kvcompile.kernels.dense_attention import attend_row, causal, last, visible
+from kvcompile.kernels.dense_attention import attend_row, causal, last
 from kvcompile.store import SIDES, Store
 
 
@@ -159,40 +158,3 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Ten
             else:
                 o[row, queries][:, keep], lse[row, queries][:, keep] = out
     return o, lse
-
-
-@body("view")
-def view(k: Tensor, v: Tensor, planes: list[Tensor], positions: Tensor, valid: Tensor, *,
-         store: str, length: int, window: int = 0, layer: int = 0) -> tuple[Tensor, Tensor]:
-    """K [B, H, length, Dk] and V that a call sees: what is stored, decoded, then its own tokens.
-
-    Every row must hold the same number of tokens, and `length` be that plus this call's.
-    """
-    parsed = Store.parse(store)
-    count, tiers = _tiers(parsed, planes, k, v)
-    out = []
-    for side, x in zip(SIDES, (k, v), strict=True):
-        seen = x.new_empty(*x.shape[:2], length, x.shape[3])
-        seen[:, :, length - x.shape[2] :] = x
-        for row in range(x.shape[0]):
-            for heads, n in _runs(count[row]):
-                seen[row, heads, : length - x.shape[2]] = pages.stored(
-                    parsed, side, tiers[side], row, heads, n)
-        out.append(seen)
-    return out[0], out[1]
-
-
-@body("causal")
-def check_causal(mask: Tensor, k: Tensor, *, window: int = 0) -> Tensor:
-    """valid [B, S]: all true, for a mask [B or 1, 1, S, T] (bool, or 0 and less) that is causal.
-
-    The S queries are the last of T tokens. Raises KVCompileError for any other mask, such as one
-    that hides padding.
-    """
-    seen = mask if mask.dtype == torch.bool else mask >= 0
-    queries, tokens = mask.shape[-2:]
-    want = visible(queries, tokens, 0 if window > tokens else window, 0, mask.device)
-    if not bool((seen == want).all()):
-        raise KVCompileError("attention_mask hides cached tokens (padding); a compiled KVCache takes "
-                             "full rows only: use kvcompile.optimize for padded batches")
-    return torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)

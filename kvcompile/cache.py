@@ -1,7 +1,9 @@
 """KVCache: a compressed cache behind transformers' Cache interface, for any model that takes one."""
 
 import copy
+from itertools import count
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -15,6 +17,9 @@ from kvcompile.program import Site
 from kvcompile.recipe import Recipe
 from kvcompile.registry import module
 from kvcompile.store import Store
+
+_NUMBERS = count(1)
+_LIVE: "WeakValueDictionary[int, KVCache]" = WeakValueDictionary()
 
 
 class KVCache(Cache):
@@ -49,8 +54,14 @@ class KVCache(Cache):
             if len(same) > 1:
                 raise KVCompileError(f"{recipe}: layers that share a mask keep different tokens; "
                                      "only kvcompile.optimize can do that")
-        self._device = torch.device("cpu")
+        self._register()
         self.reset()
+
+    def _register(self) -> None:
+        """Give the cache a handle: graphs name it by a tensor, so that they fit any cache."""
+        number = next(_NUMBERS)
+        _LIVE[number] = self
+        self._handle = torch.tensor(number)
 
     # ---- what is in it -------------------------------------------------------------------
 
@@ -139,34 +150,24 @@ class KVCache(Cache):
 
     # ---- filled by a model's own code ----------------------------------------------------
 
+    @staticmethod
+    def of(handle: Tensor) -> "KVCache":
+        """The cache whose handle this is."""
+        return _LIVE[int(handle)]
+
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any,
                **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store k [B, H, S, Dk] and v [B, H, S, Dv]; K and V that this call sees, decoded."""
-        batch, _, tokens, _ = key_states.shape
-        if self._columns + tokens > self._room or not self._fits(key_states, value_states, layer_idx):
-            self._make_room(key_states, value_states, layer_idx)
-        layer = self.stores[layer_idx]
-        store, planes = str(layer.site.store), layer.planes
+        tokens = key_states.shape[2]
         seen, _ = self.get_mask_sizes(tokens, layer_idx)
-        positions = torch.arange(tokens, device=key_states.device) + self._columns
-        positions = positions.expand(batch, -1)
-        valid = torch.ones_like(positions, dtype=torch.bool)
-        k, v = torch.ops.kvc.view(key_states, value_states, planes, positions, valid,
-                                  store=store, length=seen, window=self.windows[layer_idx],
-                                  layer=layer_idx)
-        torch.ops.kvc.append(planes, key_states, value_states, positions, valid,
-                             store=store, layer=layer_idx)
+        k, v = torch.ops.kvc.update(self._handle, key_states, value_states, length=seen,
+                                    layer=layer_idx)
         if layer_idx == len(self.plan_stores) - 1:
             self._columns += tokens
         return k, v
 
-    def _fits(self, k: Tensor, v: Tensor, layer_idx: int) -> bool:
-        site = self.stores[layer_idx].site
-        return site.heads == k.shape[1] and site.dims == (k.shape[3], v.shape[3])
-
-    @torch._dynamo.disable  # type: ignore[misc,untyped-decorator]
-    def _make_room(self, k: Tensor, v: Tensor, layer_idx: int) -> None:
-        """Make the layer's planes at its first call; give all layers pages for this call."""
+    def room(self, k: Tensor, v: Tensor, layer_idx: int) -> Layer:
+        """The layer's planes, with pages for the tokens of k and v; made at its first call."""
         batch, heads, tokens, _ = k.shape
         if self.max_length is not None and self._columns + tokens > self.max_length:
             raise CacheFullError(f"{self._columns} cached and {tokens} new tokens exceed "
@@ -175,22 +176,20 @@ class KVCache(Cache):
             raise KVCompileError(f"the cache holds a batch of {self._batch}, the call has {batch} "
                                  "rows")
         self._batch = batch
-        for i in range(layer_idx, len(self.plan_stores) if layer_idx == 0 else layer_idx + 1):
-            site = Site(i, heads, heads, (k.shape[3], v.shape[3]), k.dtype, self.windows[i],
-                        self.plan_stores[i])  # the other layers are most likely like the first
-            if i == len(self.stores) or not self._columns and self.stores[i].site != site:
-                self.stores[i:i + 1] = [Layer(site, batch, k.device)]
-        room = max(self._columns + tokens, self.max_length or 0)
-        for layer in self.stores:
-            layer.reserve([room] * batch)
-        self._room = self.max_length or room
+        if layer_idx == len(self.stores):
+            site = Site(layer_idx, heads, heads, (k.shape[3], v.shape[3]), k.dtype,
+                        self.windows[layer_idx], self.plan_stores[layer_idx])
+            self.stores.append(Layer(site, batch, k.device))
+        layer = self.stores[layer_idx]
+        layer.reserve([max(self._columns + tokens, self.max_length or 0)] * batch)
+        return layer
 
     # ---- transformers' operations --------------------------------------------------------
 
     def reset(self) -> None:
         """Empty the cache and free its planes."""
         self.stores: list[Layer] = []
-        self._batch = self._columns = self._room = 0
+        self._batch = self._columns = 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last `-tokens_to_remove` columns; a positive number is the length to keep.
@@ -254,6 +253,8 @@ class KVCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> "KVCache":
         new = copy.copy(self)
         memo[id(self)] = new
+        if hasattr(self, "_handle"):
+            new._register()
         new.stores = []
         for layer in self.stores:
             twin = copy.copy(layer)

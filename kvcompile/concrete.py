@@ -83,17 +83,22 @@ def _floating(node: Node) -> bool:
 
 
 class Concrete:
-    """The graph at `batch` rows of `tokens` tokens; counts that the graph fixes stay as they are."""
+    """The graph at `batch` rows of `tokens` tokens, where it does not fix their number.
 
-    def __init__(self, gm: GraphModule, inputs: Inputs, tokens: int, batch: int = 2) -> None:
-        self.gm, self.inputs = gm, inputs
+    What depends on weights is refused unless `weights`.
+    """
+
+    def __init__(self, gm: GraphModule, inputs: Inputs, tokens: int, batch: int = 2,
+                 weights: bool = False) -> None:
+        self.gm, self.inputs, self.weights = gm, inputs, weights
         self.binding: dict[Any, int] = {}
         sizes = value(inputs.tokens).shape[:2]
         self.batch, self.tokens = (self._bind(s, n) for s, n in
                                    zip(sizes, (batch, tokens), strict=True))
         for node in (n for n in gm.graph.nodes if n.op == "placeholder"):
             val = node.meta.get("val")
-            if isinstance(val, Tensor) and val.dim() == 2 and not val.is_floating_point():
+            if isinstance(val, Tensor) and val.dim() == 2 and (
+                    node is inputs.padding or not val.is_floating_point()):
                 for s, n in zip(val.shape, (self.batch, self.tokens), strict=True):
                     self._bind(s, n)
 
@@ -132,33 +137,36 @@ class Concrete:
                 return known[node]
             if isinstance(node.meta.get("val"), SYMBOLIC):
                 return self.size(node.meta["val"])
-            return self.evaluate([node], lambda leaf: _unknown(leaf))[0]
+            return self.evaluate([node])[0]
 
         return map_arg(arg, one)
 
-    def evaluate(self, nodes: Iterable[Node], leaf: Callable[[Node], Any]) -> list[Any]:
-        """The values of `nodes`; `leaf(placeholder)` is asked for placeholders, weights refused."""
+    def evaluate(self, nodes: Iterable[Node],
+                 leaf: Callable[[Node], Any] | None = None) -> list[Any]:
+        """The values of `nodes`; `leaf(placeholder)` is asked for what placeholders hold."""
         wanted = list(nodes)
         order = ancestors(self.gm.graph, wanted)
-        last = {used: node for node in order for used in _used(node)}
+        last = {used: node for node in order for used in inputs_of(node)}
         known: dict[Node, Any] = {}
         for node in order:
             known[node] = self._run(node, known, leaf)
-            for used in [u for u in _used(node) if last[u] is node and u not in wanted]:
+            for used in [u for u in inputs_of(node) if last[u] is node and u not in wanted]:
                 known.pop(used, None)
         return [known[n] for n in wanted]
 
-    def _run(self, node: Node, known: dict[Node, Any], leaf: Callable[[Node], Any]) -> Any:
+    def _run(self, node: Node, known: dict[Node, Any], leaf: Callable[[Node], Any] | None) -> Any:
         val = node.meta.get("val")
         if isinstance(val, SYMBOLIC):
             return self.size(val)
         if node.op == "placeholder":
             if node.name in self.inputs.values:
                 return self.inputs.values[node.name]
-            return leaf(node) if isinstance(val, Tensor) else val
+            if isinstance(val, Tensor) and leaf is None:
+                raise Miss(f"depends on the placeholder '{node.name}'", node)
+            return leaf(node) if leaf and isinstance(val, Tensor) else val
         if node.op == "get_attr":
             found = operator.attrgetter(str(node.target))(self.gm)
-            if isinstance(found, torch.nn.Parameter):
+            if isinstance(found, torch.nn.Parameter) and not self.weights:
                 raise Miss(f"depends on the weight '{node.target}'", node)
             return found
         if node.op != "call_function":
@@ -173,11 +181,13 @@ class Concrete:
                                **self.argument(dict(node.kwargs), known))
 
 
-def _unknown(node: Node) -> Any:
-    raise Miss(f"depends on the placeholder '{node.name}'", node)
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are the same expression; does not make symbols equal by asking."""
+    expressions = [x.node.expr if isinstance(x, SYMBOLIC) else x for x in (a, b)]
+    return bool(expressions[0] == expressions[1])
 
 
-def _used(node: Node) -> list[Node]:
+def inputs_of(node: Node) -> list[Node]:
     """The nodes whose values `node` needs; sizes are known without running anything."""
     if isinstance(node.meta.get("val"), SYMBOLIC):
         return []
@@ -197,7 +207,7 @@ def ancestors(graph: Graph, nodes: Iterable[Node]) -> list[Node]:
         node = todo.pop()
         if node not in seen:
             seen.add(node)
-            todo.extend(_used(node))
+            todo.extend(inputs_of(node))
     return [n for n in graph.nodes if n in seen]
 
 
@@ -208,7 +218,7 @@ def constant(at: Concrete, x: Any) -> float:
     if not isinstance(x, Node):
         raise Miss(f"{x} is not a number")
     both = (at, Concrete(at.gm, at.inputs, at.tokens + 2))
-    found = [torch.as_tensor(c.evaluate([x], _unknown)[0]) for c in both]
+    found = [torch.as_tensor(c.evaluate([x])[0]) for c in both]
     if found[0].numel() != 1:
         raise Miss(f"has {found[0].numel()} elements, not one number", x)
     if not torch.equal(*found):

@@ -31,13 +31,17 @@ class Emitter:
              **kwargs: Any) -> Node:
         """A call before the insertion point, with meta["val"]; traced to where `like` was."""
         node = self.graph.call_function(target, args, kwargs)
-        fakes, named = map_arg((args, kwargs), value)
-        with value(self.inputs.tokens).fake_mode:
-            node.meta["val"] = target(*fakes, **named)
+        self.update(node)
         if like is not None:
             node.meta |= {k: like.meta[k] for k in ("stack_trace", "nn_module_stack")
                           if k in like.meta}
         return node
+
+    def update(self, node: Node) -> None:
+        """Give a call the meta["val"] that its operands' values lead to."""
+        fakes, named = map_arg((node.args, dict(node.kwargs)), value)
+        with value(self.inputs.tokens).fake_mode:
+            node.meta["val"] = node.target(*fakes, **named)  # type: ignore[operator]
 
     def attention(self, site: Site, layer: int) -> None:
         """Put kvc.attention in the place of `site.out`."""
@@ -59,8 +63,16 @@ class Emitter:
             o = self.cast(o, value(out).dtype, out)
         out.replace_all_uses_with(o)
         _free_layout(o)
-        for node in {out: None, site.node: None}:  # sdpa counts as random: never dead by itself
-            if not node.users:
+        self._bury([out, site.node])
+
+    def _bury(self, dead: list[Node]) -> None:
+        """Erase `dead` and what only they used, also sdpa and dropout, which count as random."""
+        erased: set[Node] = set()
+        while dead:
+            node = dead.pop()
+            if node.op == "call_function" and not node.users and node not in erased:
+                dead += node.all_input_nodes
+                erased.add(node)
                 self.graph.erase_node(node)
 
     def operand(self, o: Operand, like: Node) -> Node:

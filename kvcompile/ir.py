@@ -4,8 +4,12 @@
     kvc.rope       rotary embedding, explicit so that keys can be cached before or after it
     kvc.append     store this call's tokens (mutates the planes in place)
     kvc.attend     attention over what earlier calls stored and, exactly, this call's tokens
-    kvc.view       what a call sees as dense K and V (for models that attend by themselves)
-    kvc.causal     the validity of this call's tokens, by a mask that must hide nothing else
+
+Two more serve models that fill a KVCache by their own code. They take a handle of the cache, so
+that its planes may grow between calls without a graph noticing:
+
+    kvc.update     store this call's tokens; what it sees as dense K and V, to be attended to
+    kvc.decode     the same and the attention over it, as kvc.attend and kvc.append
 
 Shapes: q [B, Hq, S, Dk], k [B, H, S, Dk], v [B, H, S, Dv], positions and valid [B, S] (valid is
 False for padding: such tokens are neither seen nor stored). `store` is the text of a
@@ -14,7 +18,6 @@ of the row, the query included (0: no window). The bodies live in `kernels/eager
 """
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
 LIB = torch.library.Library("kvc", "DEF")
@@ -34,18 +37,20 @@ LIB.define(
     " -> (Tensor, Tensor)"
 )
 LIB.define(
-    "view(Tensor k, Tensor v, Tensor[] planes, Tensor positions, Tensor valid, *, "
-    "str store, SymInt length, int window=0, int layer=0) -> (Tensor, Tensor)"
+    "update(Tensor(a!) cache, Tensor k, Tensor v, *, SymInt length, int layer) -> (Tensor, Tensor)"
 )
-LIB.define("causal(Tensor mask, Tensor k, *, int window=0) -> Tensor")
+LIB.define(
+    "decode(Tensor(a!) cache, Tensor q, Tensor k, Tensor v, Tensor? mask, *, float scale, "
+    "str recipe='', int layer) -> Tensor"
+)
 
 ATTENTION = torch.ops.kvc.attention.default
 ROPE = torch.ops.kvc.rope.default
 APPEND = torch.ops.kvc.append.default
 ATTEND = torch.ops.kvc.attend.default
-VIEW = torch.ops.kvc.view.default
-CAUSAL = torch.ops.kvc.causal.default
-OPS = (ATTENTION, ROPE, APPEND, ATTEND, VIEW)
+UPDATE = torch.ops.kvc.update.default
+DECODE = torch.ops.kvc.decode.default
+OPS = (ATTENTION, ROPE, APPEND, ATTEND)
 
 
 @torch.library.register_fake("kvc::attention", lib=LIB)
@@ -71,14 +76,14 @@ def _(
     return o, q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.register_fake("kvc::view", lib=LIB)
-def _(k, v, planes, positions, valid, *, store, length, window=0, layer=0):
+@torch.library.register_fake("kvc::update", lib=LIB)
+def _(cache, k, v, *, length, layer):
     return tuple(x.new_empty(x.shape[0], x.shape[1], length, x.shape[3]) for x in (k, v))
 
 
-@torch.library.register_fake("kvc::causal", lib=LIB)
-def _(mask, k, *, window=0):
-    return k.new_empty(k.shape[0], k.shape[2], dtype=torch.bool)
+@torch.library.register_fake("kvc::decode", lib=LIB)
+def _(cache, q, k, v, mask, *, scale, recipe="", layer):
+    return q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
 def body(name: str):
@@ -106,7 +111,3 @@ def argument(node: Node, name: str):
 def attention_nodes(graph: torch.fx.Graph) -> list[Node]:
     """The kvc.attention nodes of `graph` in order of execution."""
     return [n for n in graph.nodes if n.op == "call_function" and n.target == ATTENTION]
-
-
-__all__ = ["APPEND", "ATTEND", "ATTENTION", "LIB", "OPS", "ROPE", "VIEW", "Tensor", "argument",
-           "attention_nodes", "body"]

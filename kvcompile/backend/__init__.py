@@ -4,7 +4,7 @@
 
 A stateless forward (use_cache=False) is rewritten so that attention sees the compressed view of the
 sequence. With `past_key_values=kvcompile.KVCache(...)` attention over the decoded view becomes
-kvc.attend over the stored form. Any other graph is compiled as it is, with one warning that names
+kvc.decode, attention over the stored form. Any other graph is compiled as it is, with one warning that names
 the reason.
 """
 
@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from kvcompile.backend.inductor import compile_dynamo, to_aten
 from kvcompile.backend.rewrite import Unchanged, over_cache, stateless
 from kvcompile.errors import KVCompileError, nearest
-from kvcompile.ir import VIEW
+from kvcompile.ir import UPDATE
 from kvcompile.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -35,9 +35,9 @@ def kvcompile(gm: GraphModule, example_inputs: Sequence[Any], *,
                              f"{nearest(name, ['recipe'])}; known: recipe")
     if recipe is not None:
         recipe = Recipe.parse(recipe)
-    aten = to_aten(gm, example_inputs)
+    aten = to_aten(gm)
     try:
-        if any(n.target is VIEW for n in aten.graph.nodes):
+        if any(n.target is UPDATE for n in aten.graph.nodes):
             over_cache(aten, recipe)
         else:
             stateless(aten, recipe or Recipe.parse("full"))

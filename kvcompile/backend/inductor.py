@@ -9,12 +9,13 @@
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from torch._dynamo.source import ConstantSource
 from torch._inductor.compile_fx import compile_fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import (
@@ -42,13 +43,16 @@ def compile_graph(gm: GraphModule, inputs: Sequence[Tensor],
         return compile_fx(gm, fakes)
 
 
-def to_aten(gm: GraphModule, inputs: Sequence) -> GraphModule:
-    """A Dynamo graph as ATen ops, sdpa and linear kept whole; `inputs` are its fake inputs."""
-    def run(*args):
+def to_aten(gm: GraphModule) -> GraphModule:
+    """A Dynamo graph as ATen ops, sdpa and linear kept whole, traced on Dynamo's fake inputs."""
+    fakes = [n.meta["example_value"] for n in gm.graph.nodes if n.op == "placeholder"]
+    mode = next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), nullcontext())
+
+    def run(*args: object) -> object:
         return torch.fx.Interpreter(gm).run(*args)
 
-    with torch.no_grad():
-        return make_fx(run, tracing_mode="real", pre_dispatch=True)(*inputs)
+    with torch.no_grad(), mode:
+        return make_fx(run, tracing_mode="real", pre_dispatch=True)(*fakes)
 
 
 def compile_dynamo(gm: GraphModule, inputs: Sequence) -> Callable:

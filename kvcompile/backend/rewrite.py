@@ -5,13 +5,12 @@ import operator
 import torch
 from torch.fx import GraphModule, Node
 
-from kvcompile.errors import RecipeError, UnsupportedModelError
-from kvcompile.ir import ATTEND, CAUSAL, VIEW, argument, attention_nodes
+from kvcompile.errors import UnsupportedModelError
+from kvcompile.ir import DECODE, UPDATE, argument, attention_nodes
 from kvcompile.plan import plan
 from kvcompile.recipe import Recipe
 from kvcompile.recognize import recognize
 from kvcompile.rewrite import Refused, check_axes, passes, run_passes
-from kvcompile.store import Store
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -61,56 +60,53 @@ def _reaches(node: Node, returned: set[Node]) -> bool:
 
 
 def over_cache(gm: GraphModule, recipe: Recipe | None) -> None:
-    """sdpa(q, view(planes, k), view(planes, v), mask) -> attend(q, k, v, planes)."""
-    views = [n for n in gm.graph.nodes if n.target is VIEW]
-    if recipe is not None:
-        stores = [Store.parse(argument(v, "store")) for v in views]
-        layers = [argument(v, "layer") for v in views]
-        settings = plan(recipe, max(layers) + 1) if max(layers) + 1 == len(views) else None
-        if settings is not None and stores != [
-                Store.of(settings[i].values, argument(v, "window"))
-                for i, v in zip(layers, views, strict=True)]:
-            raise RecipeError(f"options say recipe {str(recipe)!r}, but the KVCache stores by another "
-                              f"({stores[0]})")
-    checks: dict[tuple[Node, int], Node] = {}
-    for view in views:
-        _attend(gm, view, checks)
-    gm.graph.eliminate_dead_code()
+    """sdpa(q, *update(cache, k, v), mask) -> decode(cache, q, k, v, mask).
+
+    Raises Unchanged if a layer does not attend to its cache by scaled_dot_product_attention.
+    """
+    for node in [n for n in gm.graph.nodes if n.target is UPDATE]:
+        _decode(gm, node, "" if recipe is None else str(recipe))
     gm.graph.lint()
     gm.recompile()
 
 
-def _attend(gm: GraphModule, view: Node, checks: dict[tuple[Node, int], Node]) -> None:
-    graph, found = gm.graph, [n for n in gm.graph.nodes if n.target is SDPA
-                              and _origin(n.args[1]) is view and _origin(n.args[2]) is view]
+def _decode(gm: GraphModule, update: Node, recipe: str) -> None:
+    found = [n for n in gm.graph.nodes if n.target is SDPA
+             and _origin(n.args[1]) is update and _origin(n.args[2]) is update]
+    layer = update.kwargs["layer"]
     if len(found) != 1:
-        raise Unchanged(f"layer {argument(view, 'layer')} does not attend to its KVCache by "
+        raise Unchanged(f"layer {layer} does not attend to its KVCache by "
                         "scaled_dot_product_attention; load the model with "
                         "attn_implementation='sdpa'")
-    node = found[0]
+    node, (cache, k, v) = found[0], update.args
     q, mask = node.args[0], _option(node, 3, "attn_mask", None)
     if _option(node, 4, "dropout_p", 0.0):
         raise Unchanged(f"node '{node.name}' drops out attention weights")
-    k, v, planes, positions, valid = (argument(view, n) for n in
-                                      ("k", "v", "planes", "positions", "valid"))
+    tokens, dim = q.meta["val"].shape[2:]
+    if mask is None and not _option(node, 5, "is_causal", False) and tokens != 1:
+        raise Unchanged(f"node '{node.name}' attends to later tokens")
     scale = _option(node, 6, "scale", None)
-    tokens = q.meta["val"].shape[2]
-    window = argument(view, "window")
-    with graph.inserting_before(node):
-        if mask is not None:
-            if (mask, window) not in checks:
-                checks[mask, window] = graph.call_function(CAUSAL, (mask, k), {"window": window})
-                checks[mask, window].meta["val"] = valid.meta["val"]
-            valid = checks[mask, window]
-        elif not _option(node, 5, "is_causal", False) and tokens != 1:
-            raise Unchanged(f"node '{node.name}' attends to later tokens")
-        both = graph.call_function(ATTEND, (q, k, v, planes, positions, valid, None), {
-            "scale": float(scale if scale is not None else q.meta["val"].shape[3] ** -0.5),
-            "window": window, "store": argument(view, "store"), "layer": argument(view, "layer")})
-        o = graph.call_function(operator.getitem, (both, 0))
+    with gm.graph.inserting_before(node):
+        o = gm.graph.call_function(DECODE, (cache, q, k, v, mask), {
+            "scale": float(scale if scale is not None else dim**-0.5), "recipe": recipe,
+            "layer": layer})
     o.meta = dict(node.meta)
     node.replace_all_uses_with(o)
-    graph.erase_node(node)
+    gm.graph.erase_node(node)
+    gone = _upto(update, [])
+    for dead in reversed([n for n in gm.graph.nodes if n in gone]):
+        if dead.users:
+            raise Unchanged(f"layer {layer} uses what its KVCache returns for more than attention")
+        gm.graph.erase_node(dead)
+
+
+def _upto(node: Node, found: list[Node]) -> list[Node]:
+    """`node` and what is computed from it."""
+    if node not in found:
+        found.append(node)
+        for user in node.users:
+            _upto(user, found)
+    return found
 
 
 def _option(node: Node, index: int, name: str, default: object) -> object:
@@ -118,9 +114,9 @@ def _option(node: Node, index: int, name: str, default: object) -> object:
 
 
 def _origin(node: object) -> Node | None:
-    """The kvc.view node whose result `node` is, repeated heads looked through."""
+    """The kvc.update node whose result `node` is, repeated heads looked through."""
     while isinstance(node, Node):
-        if node.target is VIEW:
+        if node.target is UPDATE:
             return node
         if node.target is not operator.getitem and node.target not in THROUGH:
             return None
