@@ -9,6 +9,7 @@ mapping or object that holds them.
 
 import inspect
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from kvcompile.capture import _mutates, _plain, _why, evaluating, source
-from kvcompile.concrete import CASTS, Inputs, Miss, kind, value
+from kvcompile.concrete import CASTS, Concrete, Inputs, Miss, kind, value
 from kvcompile.emit import Emitter
 from kvcompile.errors import UnsupportedModelError
+from kvcompile.operands import MOVES, follow
 from kvcompile.positions import use_position_ids
 from kvcompile.recognize import recognize
 from kvcompile.rewrite import Refused
@@ -123,10 +125,13 @@ def _refusal(gm: GraphModule, name: str, refused: Refused) -> str:
 
 
 def _keep(gm: GraphModule, inputs: Inputs, keep: Node) -> None:
-    """Logits of the columns `keep` alone, selected before the last linear if what follows it is
-    pointwise."""
+    """Logits of the columns `keep` alone.
+
+    They are selected before the last linear, if what follows is pointwise; a module that takes the
+    last column itself there is made to take these instead.
+    """
     output = gm.graph.output_node()
-    logits: Node = output.args[0]  # type: ignore[assignment]
+    logits = output.args[0]
     if not isinstance(logits, Node) or value(logits).dim() != 3:
         raise UnsupportedModelError("the first result is no tensor of logits [batch, tokens, vocab]")
     emit, tail, node = Emitter(gm.graph, inputs), [], logits
@@ -138,11 +143,29 @@ def _keep(gm: GraphModule, inputs: Inputs, keep: Node) -> None:
         node = node.args[0]  # type: ignore[assignment]
     else:
         tail, node = [], logits
-    with gm.graph.inserting_before(tail[-1] if tail else output):
-        kept = emit.call(aten.index_select.default, node, 1, keep, like=node)
-    (tail[-1] if tail else output).replace_input_with(node, kept)
+    last = tail[-1] if tail else output
+    with gm.graph.inserting_before(last):
+        every = _every_token(gm, inputs, node)
+        last.replace_input_with(node, emit.call(aten.index_select.default, every, 1, keep, like=node))
     for node in reversed(tail):
         emit.update(node)
+
+
+def _every_token(gm: GraphModule, inputs: Inputs, node: Node) -> Node:
+    """`node` [batch, tokens, ..], or the tensor from which it takes the last token."""
+    both = [Concrete(gm, inputs, n) for n in (5, 7)]
+    chain: list[Node] = []
+    while [c.shape(node)[1] for c in both] != [c.tokens for c in both]:
+        if kind(node) not in MOVES:
+            raise UnsupportedModelError(f"logits of all tokens are needed, '{node.name}' has "
+                                        f"{both[0].shape(node)[1]}")
+        chain.append(node)
+        node = node.args[0]  # type: ignore[assignment]
+    for at in both if chain else ():
+        index = torch.arange(prod(at.shape(node))).view(at.shape(node))
+        if not torch.equal(follow(at, chain, index), index[:, -1:]):
+            raise UnsupportedModelError(f"'{chain[-1].name}' takes other tokens than the last")
+    return node
 
 
 def _pointwise(node: Node) -> Node | None:

@@ -31,6 +31,10 @@ class Miss(Exception):
         self.reason, self.node = reason, node
 
 
+class Failed(Miss):
+    """A node that cannot be run at the chosen sizes."""
+
+
 def kind(node: Any) -> str:
     """The name of the aten or prims op that `node` calls, without overload; "" for all else."""
     target = getattr(node, "target", None)
@@ -176,9 +180,13 @@ class Concrete:
             like = args[at]
             val = value(like)
             args[at] = torch.empty((), dtype=val.dtype, device=val.device).expand(self.shape(like))
-        with torch.no_grad():
-            return node.target(*self.argument(args, known),  # type: ignore[operator]
-                               **self.argument(dict(node.kwargs), known))
+        given = self.argument((args, dict(node.kwargs)), known)
+        try:
+            with torch.no_grad():
+                return node.target(*given[0], **given[1])  # type: ignore[operator]
+        except Exception as error:
+            what = (str(error) or type(error).__name__).splitlines()[0]
+            raise Failed(f"fails for {self.tokens} tokens: {what}", node) from error
 
 
 def same_size(a: Any, b: Any) -> bool:

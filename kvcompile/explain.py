@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cached_property
 from textwrap import fill
 from typing import Any
 
@@ -16,7 +17,7 @@ from kvcompile.optimize import Optimized
 from kvcompile.plan import runs
 from kvcompile.program import Program, capture
 from kvcompile.recipe import Recipe
-from kvcompile.rows import Row, rows
+from kvcompile.rows import Row, layer_rows
 from kvcompile.show import WIDTH, as_text
 
 TOKENS = 4096  # the length for which str() gives bytes
@@ -43,11 +44,14 @@ class Report:
                  max_length: int | None = None) -> None:
         self.program, self.max_length, self.sites = program, max_length, program.sites
         self.baseline = tuple(baseline)
-        if len(baseline) != len(self.sites):  # the model caches nothing, or shares among layers
-            sizes: list[float] = [site.exact_bytes_per_token for site in self.sites]
-        else:
-            sizes = [layer.bytes_per_token for layer in baseline]
-        self.rows: list[Row] = rows(program, sizes)
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """What became of every layer, one row per layer and pass, layer by layer."""
+        sizes: list[float] = [layer.bytes_per_token for layer in self.baseline]
+        if len(sizes) != len(self.sites):  # the model caches nothing, or shares among layers
+            sizes = [site.exact_bytes_per_token for site in self.sites]
+        return layer_rows(self.program, sizes)
 
     def kv_bytes(self, tokens: int, batch: int = 1) -> int:
         """`KVCache.nbytes` after one call with a prompt of `tokens` tokens in every row."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from kvcompile.concrete import SYMBOLIC, Concrete, Inputs, Miss, ancestors, kind, value
+from kvcompile.concrete import SYMBOLIC, Concrete, Failed, Inputs, Miss, ancestors, kind, value
 
 HIDDEN = -9900.0  # exp of it is 0 in every dtype; models use -1e4, -1e9, finfo.min and -inf
 SMALL, LARGE = (5, 17, 40), 8192  # token counts that are tried; the most that can be
@@ -73,17 +73,17 @@ class Masks:
         counts = evaluate.counts()
         while not evaluate.fits(counts[-1]):
             counts.pop()
-        last = evaluate(counts[-1], None)[0, 0, -1] == 0
-        window = 0 if bool(last.all()) else int(last.sum())
+        row = evaluate(counts[-1], None)[0, 0, -1] == 0
+        window = 0 if bool(row.all()) else int(row.sum())
         for tokens in counts:
             for valid in _paddings(tokens) if padding else (None,):
                 wrong = _difference(evaluate(tokens, valid), valid, window)
                 if wrong:
-                    raise self._miss(site, evaluate, wrong, tokens, valid, window)
+                    raise self._miss(site, evaluate, wrong, tokens, valid, window, counts[-1])
         return Mask(window, padding)
 
     def _miss(self, site: Node, evaluate: "_Evaluation", wrong: tuple[int, ...], tokens: int,
-              valid: Tensor | None, window: int) -> Miss:
+              valid: Tensor | None, window: int, last: int) -> Miss:
         """Why the mask differs at (row, head, query, token), and by which term."""
         each = evaluate.terms_at(tokens, valid, wrong)
         guilty = next((t.node for t, x in zip(evaluate.terms, each, strict=True) if x != 0),
@@ -97,9 +97,9 @@ class Masks:
         if bias == 0 and valid is not None and not valid[token]:
             return Miss(f"lets {where} see token {token}, which is padding", guilty)
         if bias == 0:
-            return Miss(f"lets {where} see token {token}, outside a window of {window}", guilty)
-        known = f"nor a window of {window}" if window else "nor a window"
-        return Miss(f"hides token {token} from {where}: neither a causal mask {known}", guilty)
+            far = f"hides token {last - window - 1} from query {last - 1} of {last}"
+            return Miss(f"{far} but lets {where} see token {token}: not a window", guilty)
+        return Miss(f"hides token {token} from {where}: neither causal nor a window", guilty)
 
 
 @dataclass
@@ -175,12 +175,10 @@ class _Evaluation:
         """Whether the buffers are long enough for so many tokens."""
         try:
             self(tokens, None)
-        except (RuntimeError, IndexError) as error:
+        except Failed:
             if tokens > min(SMALL) and any(1 < n < tokens for n in self._tables()):
                 return False
-            what = str(error).splitlines()[0]
-            raise Miss(f"cannot be evaluated for {tokens} tokens: {what}",
-                       self.terms[0].node) from error
+            raise
         return True
 
 

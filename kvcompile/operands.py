@@ -74,11 +74,7 @@ def _chain(at: Concrete, operand: Node, arrange: Callable[[Tensor], Tensor],
     while True:
         shape = at.shape(node)
         index = torch.arange(torch.Size(shape).numel()).view(shape)
-        moved = index
-        for step in reversed(chain):
-            known = {step.args[0]: moved}
-            args, kwargs = (at.argument(x, known) for x in (step.args, dict(step.kwargs)))
-            moved = step.target(*args, **kwargs)  # type: ignore[operator]
+        moved = follow(at, chain, index)
         try:
             yield node, factor, index, arrange(moved)
         except RuntimeError as error:
@@ -98,6 +94,15 @@ def _chain(at: Concrete, operand: Node, arrange: Callable[[Tensor], Tensor],
         elif not _upcast(node):
             return
         node = node.args[0]  # type: ignore[assignment]
+
+
+def follow(at: Concrete, chain: list[Node], x: Tensor) -> Tensor:
+    """What the copies in `chain`, the last one first, make of x."""
+    for step in reversed(chain):
+        known = {step.args[0]: x}
+        args, kwargs = (at.argument(a, known) for a in (step.args, dict(step.kwargs)))
+        x = step.target(*args, **kwargs)  # type: ignore[operator]
+    return x
 
 
 def scaling_of(at: Concrete, node: Node) -> tuple[Node, float]:

@@ -105,7 +105,7 @@ class Rules:
 
     def attends(self, node: Node) -> bool:
         """Whether `node` is an attention op, or a softmax over tokens."""
-        if node.op != "call_function" or node.target is ATTENTION or node.target == "getitem":
+        if node.op != "call_function" or node.target is ATTENTION:
             return False
         if kind(node) not in SOFTMAX:
             return "attention" in str(node.target)
@@ -125,7 +125,7 @@ class Rules:
     def sdpa(self, node: Node) -> Site:
         """scaled_dot_product_attention, and the fused ops that it becomes."""
         named = _arguments(node)
-        if not {"query", "key", "value"} <= set(named):
+        if "scaled_dot_product" not in kind(node):
             raise Miss(f"'{node.target}' is an attention op that kvcompile does not know", node)
         if named.get("dropout_p"):
             raise Miss("drops weights at random; put the module into eval mode", node)

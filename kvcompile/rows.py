@@ -37,7 +37,7 @@ class Row:
     why: str
 
 
-def rows(program: Program, before: Sequence[float]) -> list[Row]:
+def layer_rows(program: Program, before: Sequence[float]) -> list[Row]:
     """One row per layer and pass, layer by layer; `before` are bytes per token at the start."""
     found = [*_rewrites(program, list(before)), *_idle(program)]
     return sorted(found, key=lambda row: row.layer)

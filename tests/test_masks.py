@@ -13,41 +13,45 @@ from torch.fx import Node
 from kvcompile.concrete import Inputs, Miss
 from kvcompile.masks import LARGE, Mask, Masks, Term
 
-Make = Callable[[Tensor, Tensor, Tensor], Tensor]  # (ids, positions, padding) [B, S] -> mask
+Found = Callable[..., Mask | str]
 
 
 class Table(nn.Module):
-    """A module that makes a mask, with buffers that a mask may read."""
+    """Makes every mask of this file at once, with buffers and a weight that masks may read."""
 
-    def __init__(self, make: Callable[..., Tensor]) -> None:
+    def __init__(self, makes: dict[str, Callable[..., Tensor]]) -> None:
         super().__init__()
-        self.make = make
+        self.makes = makes
         self.weight = nn.Parameter(torch.zeros(4))
         at = torch.arange(64)
         self.register_buffer("causal", (at <= at[:, None])[None, None])
         self.register_buffer("local", (at <= at[:, None]) & (at > at[:, None] - 50))
 
-    def forward(self, ids: Tensor, positions: Tensor, padding: Tensor) -> Tensor:
-        return self.make(self, ids, positions, padding)
+    def forward(self, ids: Tensor, positions: Tensor, padding: Tensor) -> dict[str, Tensor]:
+        return {name: make(self, ids, positions, padding) for name, make in self.makes.items()}
 
 
-def found(make: Callable[..., Tensor], how: str = "add", **options: bool) -> Mask | str:
-    """The mask, or the reason and the node's op for a refusal."""
+@pytest.fixture(scope="module")
+def found() -> Callable[..., Mask | str]:
+    """found(name, how) -> the mask, or the op of the node and the reason of a refusal."""
+    makes = {name: make for table in (SEEN, REFUSED, OTHERS) for name, (make, *_) in table.items()}
     size = torch.export.Dim.DYNAMIC(min=1)
     example = (torch.full((2, 16), 3), torch.arange(16).expand(2, -1).contiguous(),
                torch.ones(2, 16, dtype=torch.long))
-    program = torch.export.export(Table(make), example, dynamic_shapes=({0: size, 1: size},) * 3,
+    program = torch.export.export(Table(makes), example, dynamic_shapes=({0: size, 1: size},) * 3,
                                   strict=False)
     gm = program.module(check_guards=False)
-    holders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    mask = gm.graph.output_node().args[0][0]
-    rank = max(4, mask.meta["val"].dim())
-    try:
-        return Masks(gm, Inputs(*holders)).classify(
-            mask, [Term(mask, how, rank=rank)], **options)  # type: ignore[arg-type]
-    except Miss as miss:
-        assert isinstance(miss.node, Node)
-        return f"{miss.node.target}: {miss.reason}"
+    made = dict(zip(makes, gm.graph.output_node().args[0], strict=True))
+    masks = Masks(gm, Inputs(*(n for n in gm.graph.nodes if n.op == "placeholder")))
+
+    def classify(name: str, how: str, **options: bool) -> Mask | str:
+        try:
+            return masks.classify(made[name], [Term(made[name], how)], **options)  # type: ignore
+        except Miss as miss:
+            assert isinstance(miss.node, Node)
+            return f"{miss.node.target}: {miss.reason}"
+
+    return classify
 
 
 def is_mask(mask: Mask | str, window: int = 0, padding: bool = False) -> None:
@@ -100,19 +104,33 @@ SEEN: dict[str, tuple[Callable[..., Tensor], int, bool]] = {
 }
 
 
+OTHERS: dict[str, tuple[Callable[..., Tensor]]] = {
+    **{f"tril {fill}": (lambda t, i, p, m, fill=fill: additive(tril(t, i, p, m), fill),)
+       for fill in (-torch.inf, torch.finfo(torch.float32).min, -1e9, -1e4)},
+    "triu": (lambda t, i, p, m: ~tril(t, i, p, m),),
+    "padding only": (lambda t, i, p, m: m[:, None, None].bool(),),
+    "window only": (lambda t, i, p, m: additive(tokens(i)[1] > tokens(i)[0] - 8),),
+    "window of 2047": (lambda t, i, p, m: tokens(i)[1] > tokens(i)[0] - 2047,),
+}
+
+
 @pytest.mark.parametrize("name", SEEN)
-def test_masks_are_known_in_every_form(name: str) -> None:
-    make, window, padding = SEEN[name]
-    is_mask(found(make, "see"), window, padding)
-    if name in ("tril", "window and padding"):
-        is_mask(found(lambda *a: ~make(*a), "hide"), window, padding)
-        for fill in (-torch.inf, torch.finfo(torch.float32).min, -1e9, -1e4):
-            is_mask(found(lambda *a, fill=fill: additive(make(*a), fill)), window, padding)
+def test_masks_are_known_in_every_form(name: str, found: Found) -> None:
+    _, window, padding = SEEN[name]
+    is_mask(found(name, "see"), window, padding)
 
 
-def test_a_window_of_thousands_is_measured() -> None:
-    is_mask(found(lambda t, i, p, m: tril(t, i, p, m) & (tokens(i)[1] > tokens(i)[0] - 2047),
-                  "see"), 2047)
+def test_booleans_and_additive_masks(found: Found) -> None:
+    is_mask(found("triu", "hide"))
+    for name in OTHERS:
+        if name.startswith("tril"):
+            is_mask(found(name, "add"))
+
+
+def test_is_causal_with_another_mask(found: Found) -> None:
+    is_mask(found("padding only", "see", causal=True), 0, True)
+    is_mask(found("window only", "add", causal=True), 8)
+    is_mask(found("window of 2047", "see", causal=True), 2047)
 
 
 def alibi(t: Table, ids: Tensor, *_: Tensor) -> Tensor:
@@ -133,18 +151,18 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], str, str]] = {
         "aten.__or__.Tensor: lets query 0 of 40 see the later token 30: not causal"),
     "strictly causal": (
         lambda t, i, p, m: tokens(i)[1] < tokens(i)[0], "see",
-        "aten.lt.Tensor: hides token 1 from query 1 of 5: neither a causal mask nor a window of 39"),
+        "aten.lt.Tensor: hides token 0 from query 0 of 5: neither causal nor a window"),
     "chunks": (lambda t, i, p, m: (tokens(i)[1] <= tokens(i)[0])
                & (tokens(i)[1] // 16 == tokens(i)[0] // 16), "see",
-               "aten.__and__.Tensor: hides token 9 from query 16 of 17: neither a causal mask nor a "
-               "window of 8"),
+               "aten.__and__.Tensor: hides token 31 from query 39 of 40 but lets query 8 of 17 see "
+               "token 0: not a window"),
     "chunks of 4096": (lambda t, i, p, m: (tokens(i)[1] <= tokens(i)[0])
                        & (tokens(i)[1] // 4096 == tokens(i)[0] // 4096), "see",
-                       "aten.__and__.Tensor: lets query 5 of 17 see token 0, outside a window of 5"),
+                       "aten.__and__.Tensor: hides token 4095 from query 4100 of 4101 but lets query 5 of "
+                       "17 see token 0: not a window"),
     "dilated": (lambda t, i, p, m: (tokens(i)[1] <= tokens(i)[0])
                 & ((tokens(i)[0] - tokens(i)[1]) % 2 == 0), "see",
-                "aten.__and__.Tensor: hides token 0 from query 1 of 5: neither a causal mask nor a "
-                "window of 20"),
+                "aten.__and__.Tensor: hides token 0 from query 1 of 5: neither causal nor a window"),
     "alibi": (alibi, "add", "aten.add.Tensor: adds -0.5 for query 1 of 5 and token 0: a bias, not a "
               "mask"),
     "weak": (lambda t, i, p, m: additive(tril(t, i, p, m), -100.0), "add",
@@ -155,26 +173,21 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], str, str]] = {
             "aten.__and__.Tensor: depends on the values of 'ids'"),
     "padding inverted": (
         lambda t, i, p, m: tril(t, i, p, m) & (m[:, None, None] == 0), "see",
-        "aten.__and__.Tensor: hides token 0 from query 0 of 5: neither a causal mask nor a window "
-        "of 0"),
+        "aten.__and__.Tensor: hides token 0 from query 0 of 5: neither causal nor a window"),
     "first token always": (
         lambda t, i, p, m: tril(t, i, p, m)
         & ((tokens(i)[1] > tokens(i)[0] - 8) | (tokens(i)[1] == 0)), "see",
-        "aten.__and__.Tensor: lets query 9 of 17 see token 0, outside a window of 9"),
+        "aten.__and__.Tensor: hides token 30 from query 39 of 40 but lets query 9 of 17 see token 0: "
+        "not a window"),
     "far": (lambda t, i, p, m: tril(t, i, p, m) & (tokens(i)[1] > tokens(i)[0] - 100_000), "see",
             f"aten.sub.Tensor: counts 100000 tokens: masks are judged on up to {LARGE}"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_other_masks_are_refused(name: str) -> None:
-    make, how, reason = REFUSED[name]
-    assert found(make, how) == reason
-
-
-def test_is_causal_and_a_padding_mask() -> None:
-    is_mask(found(lambda t, i, p, m: m[:, None, None].bool(), "see", causal=True), 0, True)
-    is_mask(found(lambda t, i, p, m: additive(tokens(i)[1] > tokens(i)[0] - 8), causal=True), 8)
+def test_other_masks_are_refused(name: str, found: Found) -> None:
+    _, how, reason = REFUSED[name]
+    assert found(name, how) == reason
 
 
 def test_terms_act_together() -> None:

@@ -14,14 +14,14 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from kvcompile.backend.inductor import compile_dynamo, to_aten
+from kvcompile.backend.inductor import compile_dynamo, frame, to_aten
 from kvcompile.backend.rewrite import Unchanged, over_cache, stateless
 from kvcompile.errors import KVCompileError, nearest
 from kvcompile.ir import UPDATE
 from kvcompile.recipe import Recipe
 
 log = logging.getLogger(__name__)
-_warned: set[str] = set()
+_warned: set[tuple[str, int]] = set()
 
 
 def kvcompile(gm: GraphModule, example_inputs: Sequence[Any], *,
@@ -42,8 +42,9 @@ def kvcompile(gm: GraphModule, example_inputs: Sequence[Any], *,
         else:
             stateless(aten, recipe or Recipe.parse("full"))
     except Unchanged as why:
-        if str(why) not in _warned:
-            _warned.add(str(why))
+        key = (str(why), frame())
+        if key not in _warned:
+            _warned.add(key)
             log.warning("compiled without kvcompile's rewrites: %s", why)
         return compile_dynamo(gm, example_inputs)
     return compile_dynamo(aten, example_inputs)

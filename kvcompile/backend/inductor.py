@@ -2,6 +2,7 @@
 
     torch._inductor.compile_fx.compile_fx      compile an fx graph without Dynamo: no guards are
         evaluated per call (a decode step has hundreds of planes and weights), nothing can recompile
+    CompileContext   which frame is compiled, to warn once for all of its graphs
     make_fx   Dynamo graphs as ATen ops before any decomposition
     torch._subclasses.FakeTensorMode, ShapeEnv, StatelessSymbolicContext, DimDynamic   inputs with
         symbolic sizes that share no symbol (duck_shape=False), since pools of equal size now need
@@ -14,6 +15,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 from torch._dynamo.source import ConstantSource
+from torch._guards import CompileContext
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
@@ -53,6 +55,12 @@ def to_aten(gm: GraphModule) -> GraphModule:
 
     with torch.no_grad(), mode:
         return make_fx(run, tracing_mode="real", pre_dispatch=True)(*fakes)
+
+
+def frame() -> int:
+    """The number of the Python frame that Dynamo is compiling, the same when it recompiles it."""
+    current = CompileContext.current_compile_id()
+    return -1 if current is None or current.frame_id is None else current.frame_id
 
 
 def compile_dynamo(gm: GraphModule, inputs: Sequence) -> Callable:

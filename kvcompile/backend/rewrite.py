@@ -17,6 +17,8 @@ SDPA = aten.scaled_dot_product_attention.default
 THROUGH = {aten.expand.default, aten.unsqueeze.default, aten.reshape.default, aten.view.default,
            aten.clone.default, aten.contiguous.default, aten.slice.Tensor, aten.alias.default,
            aten._unsafe_view.default, aten.repeat_interleave.self_int}
+OTHER_CACHE = ("the graph reads or fills a cache that is not a kvcompile.KVCache; pass "
+               "past_key_values=kvcompile.KVCache(model.config, recipe=...), or use_cache=False")
 
 
 class Unchanged(Exception):
@@ -33,20 +35,26 @@ def stateless(gm: GraphModule, recipe: Recipe) -> None:
     except UnsupportedModelError as error:
         raise Unchanged(str(error)) from error
     if refused:
-        raise Unchanged(f"{refused[0].reason} (node '{refused[0].node}')")
+        past = [n for n in gm.graph.nodes if n.op == "placeholder" and _is_past(n)]
+        raise Unchanged(OTHER_CACHE if past else
+                        f"{refused[0].reason} (node '{refused[0].node}')")
     sites = attention_nodes(gm.graph)
     if not sites:
         raise Unchanged("no attention was found in the graph")
     returned = set(gm.graph.output_node().all_input_nodes)
     for node in sites:
         if _reaches(node, returned):
-            raise Unchanged(f"attention '{node.name}' fills a cache that is not a kvcompile.KVCache; "
-                            "pass past_key_values=kvcompile.KVCache(model.config, recipe=...), or "
-                            "use_cache=False")
+            raise Unchanged(OTHER_CACHE)
     settings = plan(recipe, len(sites))
     check_axes(settings)
     run_passes(passes(), gm, settings)
     gm.recompile()
+
+
+def _is_past(node: Node) -> bool:
+    """Whether a placeholder may be what a cache holds: [batch, heads, tokens, dim]."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dim() == 4 and value.is_floating_point()
 
 
 def _reaches(node: Node, returned: set[Node]) -> bool:

@@ -1,0 +1,181 @@
+"""explain() predicts what is allocated, says what passes did, and reads as a table."""
+
+import json
+
+import pytest
+import torch
+from support import RECIPES, optimized, plain, prompt
+
+import kvcompile
+from kvcompile.baseline import Uncompressed, cache_nbytes, uncompressed
+from kvcompile.engine import Engine
+from kvcompile.errors import CacheFullError, KVCompileError, RecipeError
+from kvcompile.explain import Report
+from kvcompile.own_cache import OwnCache
+from kvcompile.rewrite import Refused
+from kvcompile.rows import bytes_per_token, storage
+from kvcompile.store import Store
+
+LENGTHS = (1, 127, 128, 129, 1000)
+
+
+def prefill(report: Report, tokens: int, batch: int) -> OwnCache:
+    """The cache after a real prompt through the report's own program."""
+    cache = OwnCache(report.sites, str(report.program.recipe), "test", report.max_length)
+    ids = prompt(tokens, batch)
+    positions = torch.arange(tokens).expand(batch, -1)
+    with torch.no_grad():
+        Engine(report.program, compile=False).run(
+            cache, ids, positions, torch.ones_like(ids, dtype=torch.bool), torch.zeros(1).long())
+    return cache
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("arch", ["llama", "mistral", "gemma2"])
+def test_bytes_are_what_a_prefill_allocates(arch: str, recipe: str) -> None:
+    report = kvcompile.explain(optimized(arch), recipe)
+    for tokens in LENGTHS:
+        for batch in (1, 3):
+            if tokens * batch > 1000 and arch != "llama":
+                continue  # once is enough for the slowest
+            assert report.kv_bytes(tokens, batch) == prefill(report, tokens, batch).nbytes
+
+
+@pytest.mark.parametrize("arch", ["llama", "mistral", "gemma2", "deepseek_v2", "gpt2"])
+def test_baseline_bytes_are_those_of_transformers_cache(arch: str) -> None:
+    layers = uncompressed(plain(arch))
+    for tokens, batch in ((1, 1), (6, 1), (7, 3), (8, 1), (200, 2)):
+        with torch.no_grad():
+            cache = plain(arch)(prompt(tokens, batch), use_cache=True).past_key_values
+        assert batch * sum(layer.nbytes(tokens) for layer in layers) == cache_nbytes(cache)
+
+
+def test_latent_attention_is_measured_against_the_latent() -> None:
+    config = plain("deepseek_v2").config
+    width = config.kv_lora_rank + config.qk_rope_head_dim
+    assert uncompressed(plain("deepseek_v2")) == (Uncompressed(4 * width),) * 4
+
+
+def test_the_baseline_leaves_the_model_as_it_was() -> None:
+    model = plain("llama")
+    model.model.layers[1].train()
+    uncompressed(model)
+    assert [m for m in model.modules() if m.training] == list(model.model.layers[1].modules())
+    model.eval()
+
+
+def test_max_length_is_allocated_at_once_and_not_exceeded() -> None:
+    model = kvcompile.optimize(optimized("llama"), "kivi(bits=4)", max_length=300, compile=False)
+    report = kvcompile.explain(model)
+    assert report.max_length == 300
+    for tokens in (1, 127, 300):
+        assert report.kv_bytes(tokens) == prefill(report, tokens, 1).nbytes
+    with torch.no_grad():
+        assert report.kv_bytes(5, 2) == model(prompt(5, 2), use_cache=True).past_key_values.nbytes
+    with pytest.raises(CacheFullError, match="301 tokens exceed max_length=300"):
+        report.kv_bytes(301)
+    assert "300 tokens:" in str(report)
+
+
+def test_bytes_per_token_are_the_slope_of_the_bytes() -> None:
+    for recipe in ("full", "kivi(bits=2)", "kivi(bits=4, group=64)", "int8", "fp8(format=e5m2)"):
+        report = kvcompile.explain(optimized("llama"), recipe)
+        many = 128 * 50
+        tables = sum(4 * s.heads * 50 for s in report.sites) * 2  # K and V, 50 pages more
+        slope = report.kv_bytes(3 * many) - report.kv_bytes(2 * many) - tables
+        assert slope == many * sum(bytes_per_token(site) for site in report.sites)
+
+
+def test_rows_say_what_each_pass_did() -> None:
+    report = kvcompile.explain(optimized("gemma2"), "kivi(bits=4, layers=1:)")
+    done = {(row.layer, row.name): row for row in report.rows}
+    assert done[0, "select"].what == "7 last tokens"
+    assert (0, "quantize") not in done and (1, "select") not in done
+    quantized = done[1, "quantize"]
+    assert (quantized.status, quantized.before, quantized.after) == ("rewritten", 256, 44)
+    assert "int(bits=4" in quantized.what and quantized.storage.startswith("K int(bits=4")
+    assert done[1, "insert_cache"].before == done[1, "insert_cache"].after == 44
+    assert {row.layer for row in report.rows} == {0, 1, 2, 3}
+    assert [row.layer for row in report.rows] == sorted(row.layer for row in report.rows)
+    assert all(row.kernel == "eager body" and "no fused kernel yet" in row.why
+               for row in report.rows)
+
+
+def test_a_refusal_shows_its_reason_and_node() -> None:
+    program = optimized("llama").kvcompile.program.lower("kivi(bits=4)")
+    program.outcomes["quantize"][2] = Refused(2, "head dimension 16 is odd", "attention_2")
+    report = Report(program, uncompressed(plain("llama")))
+    row = next(r for r in report.rows if (r.layer, r.name) == (2, "quantize"))
+    assert (row.status, row.what, row.node) == ("refused", "head dimension 16 is odd",
+                                                "attention_2")
+    assert "refused:" in str(report) and "(attention_2)" in str(report)
+
+
+def test_terms_that_change_nothing_are_warned_about() -> None:
+    def warned(arch: str, recipe: str) -> list[tuple[int, str]]:
+        rows = kvcompile.explain(optimized(arch), recipe).rows
+        return [(row.layer, row.what) for row in rows if row.status == "warning"]
+
+    idle = "streamingllm(window=64) changes nothing here"
+    assert warned("gemma2", "streamingllm(window=64)") == [(0, idle), (2, idle)]
+    assert warned("gemma2", "streamingllm(window=64)+kivi") == [(0, idle), (2, idle)]
+    assert warned("llama", "streamingllm(window=64)+kivi") == []
+    assert warned("llama", "full") == warned("llama", "kivi") == []
+    assert warned("llama", "full+kivi(layers=0)") == []
+    assert [layer for layer, _ in warned("llama", "int8+int8(layers=:2)")] == [0, 0, 1, 1]
+
+
+def test_equal_layers_share_a_block_of_the_table() -> None:
+    text = str(kvcompile.explain(optimized("llama"), "kivi(bits=4, layers=1:)"))
+    lines = text.splitlines()
+    assert lines[0] == "LlamaForCausalLM, recipe: kivi(bits=4, layers=1:)"
+    starts = [line.split()[0] for line in lines if line.startswith((" 0", " 1-3"))]
+    assert starts == ["0", "1-3"]
+    assert "256 -> 44" in text and "eager body (layers 1-3): no fused kernel yet" in text
+    assert lines[-1].startswith("4,096 tokens: 4,194,304 bytes uncompressed -> ")
+    assert "0, 2" in str(kvcompile.explain(optimized("gemma2"), "full"))
+
+
+def test_the_table_does_not_depend_on_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = kvcompile.explain(optimized("llama"), "streamingllm+kivi(bits=2)")
+    plain_text = str(report)
+    for name, value in (("COLUMNS", "40"), ("FORCE_COLOR", "1"), ("TERM", "dumb")):
+        monkeypatch.setenv(name, value)
+        assert str(report) == plain_text
+    assert "\x1b" not in plain_text
+    assert max(map(len, plain_text.splitlines())) <= 100
+
+
+def test_json_holds_the_rows() -> None:
+    report = kvcompile.explain(optimized("llama"), "kivi(bits=2)")
+    told = json.loads(report.to_json())
+    assert (told["model"], told["recipe"]) == ("LlamaForCausalLM", "kivi(bits=2)")
+    assert len(told["rows"]) == len(report.rows)
+    row = next(row for row in told["rows"] if row["pass"] == "quantize")
+    assert (row["layer"], row["before"], row["after"]) == (0, 256, 28)
+
+
+def test_storage_in_short() -> None:
+    for text, want in (
+        ("store", "K, V dense"),
+        ("store(sinks=4, window=9)", "K, V dense\nfirst 4 and last 9 tokens"),
+        ("store(sinks=4)", "K, V dense\nfirst 4 tokens exact"),
+        ("store(k=fp8, v=fp8, v_lag=3)", "K fp8\nV fp8, last 3 exact"),
+        ("store(k=int(bits=2, axis=channel), k_block=64)",
+         "K int(bits=2, axis=channel), 64 at a time\nV dense"),
+        ("store(k=int(axis=channel), k_block=32)", "K int(axis=channel)\nV dense"),
+    ):
+        assert storage(Store.parse(text)) == want
+
+
+def test_a_plain_model_and_mistakes() -> None:
+    report = kvcompile.explain(plain("llama"), "kivi(bits=4)")
+    assert report.rows == kvcompile.explain(optimized("llama"), "kivi(bits=4)").rows
+    assert report.max_length is None
+    with pytest.raises(RecipeError, match="unknown method 'kivy'"):
+        kvcompile.explain(optimized("llama"), "kivy")
+    for bad in (0, -1, 1.5):
+        with pytest.raises(KVCompileError, match="positive whole number"):
+            report.kv_bytes(bad)  # type: ignore[arg-type]
+        with pytest.raises(KVCompileError, match="positive whole number"):
+            report.baseline_kv_bytes(4, bad)  # type: ignore[arg-type]
