@@ -31,14 +31,15 @@ def _runs(counts: Tensor) -> Iterator[tuple[slice, int]]:
             start = end
 
 
-def _tiers(store: Store, planes: list[Tensor], k: Tensor, v: Tensor):
+def _tiers(store: Store, planes: list[Tensor], k: Tensor, v: Tensor
+           ) -> tuple[Tensor, dict[str, dict[str, pages.Tier]]]:
     named = _named(store, planes, k, v)
     tiers = {s: pages.tiers(store, s, named, x.shape[-1], k.dtype)
              for s, x in zip(SIDES, (k, v), strict=True)}
     return named["count"], tiers
 
 
-@body("rope")
+@body("rope", inline=True)
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, style: str) -> Tensor:
     """Rotate the first cos.shape[-1] channels of x [B, H, S, D]; the others pass through.
 
@@ -98,15 +99,15 @@ def _one_by_one(store: Store, q: Tensor, k: Tensor, v: Tensor, scale: float, win
     out = []
     for i in range(n):
         kept = torch.tensor([*store.numbers(i), i], device=q.device)
-        seen = []
+        keys_values = []
         for side, x in zip(SIDES, (k, v), strict=True):
             start, end = (store.sinks + at for at in store.spans(side, i)["body"])
             in_body = (kept >= start) & (kept < end)
-            seen.append(torch.where(in_body[:, None], coded[side][:, kept], x[:, kept]))
+            keys_values.append(torch.where(in_body[:, None], coded[side][:, kept], x[:, kept]))
         low = max(0, i - window + 1) if window else 0
         inside = kept >= low
-        seen = [x[:, inside] for x in seen]
-        out.append(attend_row(q[:, i : i + 1], *seen, scale, 0, softcap, sinks)[0])
+        seen_k, seen_v = (x[:, inside] for x in keys_values)
+        out.append(attend_row(q[:, i : i + 1], seen_k, seen_v, scale, 0, softcap, sinks)[0])
     return torch.cat(out, 1)
 
 
@@ -147,11 +148,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Ten
                    for x, at in ((q, queries), (k, heads), (v, heads))]
             if new[0].shape[1] == 0:
                 continue
-            seen = [torch.cat([pages.stored(parsed, side, tiers[side], row, heads, n), x], 1)
-                    for side, x in zip(SIDES, new[1:], strict=True)]
+            all_k, all_v = (
+                torch.cat([pages.stored(parsed, side, tiers[side], row, heads, n), x], 1)
+                for side, x in zip(SIDES, new[1:], strict=True))
             # a window that the store has already applied needs no mask for a single query
-            masked = 0 if seen[0].shape[1] <= window else window
-            out = last(new[0], *seen, scale, masked, softcap,
+            masked = 0 if all_k.shape[1] <= window else window
+            out = last(new[0], all_k, all_v, scale, masked, softcap,
                        None if sinks is None else sinks[queries])
             if every:
                 o[row, queries], lse[row, queries] = out

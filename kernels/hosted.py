@@ -8,6 +8,7 @@ from kvcompile.errors import KVCompileError, RecipeError
 from kvcompile.ir import APPEND, ATTEND, body
 from kvcompile.kernels import pages
 from kvcompile.kernels.dense_attention import visible
+from kvcompile.planes import Layer
 from kvcompile.store import SIDES
 
 
@@ -50,7 +51,8 @@ def decode(cache: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, 
     if mask is not None:
         seen = mask if mask.dtype == torch.bool else mask >= 0
         own_window = 0 if window > mask.shape[-1] else window
-        want = visible(*mask.shape[-2:], own_window, 0, mask.device)
+        queries, tokens = mask.shape[-2:]
+        want = visible(queries, tokens, own_window, 0, mask.device)
         if not bool((seen == want).all()):
             raise KVCompileError("attention_mask hides cached tokens (padding); a compiled KVCache "
                                  "takes full rows only: use kvcompile.optimize for padded batches")
@@ -67,5 +69,5 @@ def _columns(k: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return positions, torch.ones_like(positions, dtype=torch.bool)
 
 
-def _store(own, k: Tensor, v: Tensor, count: int) -> None:
+def _store(own: Layer, k: Tensor, v: Tensor, count: int) -> None:
     APPEND(own.planes, k, v, *_columns(k, count), store=str(own.site.store), layer=own.site.layer)

@@ -53,10 +53,10 @@ class Tier:
             for name, pool in self.pools.items():
                 pool[:, at % per_page].index_copy_(0, page.long(), encoded[name][:, 0])
             return
-        at = torch.arange(first, first + count, device=x.device)
+        steps = torch.arange(first, first + count, device=x.device)
         if self.ring is not None:
-            at = at % (self.ring // step)
-        place = table.long().index_select(1, at // per_page) * per_page + at % per_page
+            steps = steps % (self.ring // step)
+        place = table.long().index_select(1, steps // per_page) * per_page + steps % per_page
         for name, pool in self.pools.items():
             pool.view(-1, *pool.shape[2:]).index_copy_(
                 0, place.reshape(-1), encoded[name].flatten(0, 1))

@@ -1,4 +1,4 @@
-"""KVCache: a compressed cache behind transformers' Cache interface, for any model that takes one."""
+"""KVCache: a compressed cache behind transformers' Cache interface, for models that take one."""
 
 import copy
 from itertools import count
@@ -29,8 +29,8 @@ class KVCache(Cache):
     recipe      how to store K and V
     max_length  tokens for which pages are allocated at the first call; more raise CacheFullError
 
-    Without a compiler each call decodes what is stored and the model attends as it likes: right, but
-    slow. Compiled with backend="kvcompile" the model attends to the stored form directly. Here
+    Without a compiler each call decodes what is stored and the model attends as it likes: right,
+    but slow. Compiled with backend="kvcompile" the model attends to the stored form directly. Here
     padding is stored, and masked by the model, as in transformers' own caches; `optimize` stores
     none. `copy.deepcopy` gives an independent cache.
     """
@@ -38,11 +38,12 @@ class KVCache(Cache):
     def __init__(self, config: PreTrainedConfig, recipe: str | Recipe = "full", *,
                  max_length: int | None = None) -> None:
         super().__init__(layers=[])
+        self._batch = 0
         types, options = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
         odd = sorted(set(types) - {"full_attention", "sliding_attention"})
         if odd:
-            raise KVCompileError(f"{config.model_type} has layers of type {', '.join(odd)}; KVCache "
-                                 "stores full and sliding-window attention")
+            raise KVCompileError(f"{config.model_type} has layers of type {', '.join(odd)}; "
+                                 "KVCache stores full and sliding-window attention")
         self.recipe, self.max_length, self.owner = str(Recipe.parse(recipe)), max_length, ""
         self.windows = [o.get("sliding_window") or 0 for o in options]
         settings = plan(recipe, len(types))

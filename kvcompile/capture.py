@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from kvcompile.errors import UnsupportedModelError
-from kvcompile.ir import attention_nodes
+from kvcompile.ir import argument, attention_nodes
 
 log = logging.getLogger(__name__)
 
+ATTRIBUTE = "_attn_implementation_internal"  # of a config, set without its checks
 NAME = "kvcompile"  # the attention implementation under which models are traced
 IGNORED = {"dropout", "is_causal", "position_ids", "use_cache", "cache_position",
            "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep"}
@@ -43,9 +44,10 @@ class _Trace:
 _trace: _Trace | None = None
 
 
-def _attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None,
+def _attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any,
                scaling: float | None = None, sliding_window: int | None = None,
-               softcap: float | None = None, s_aux: Tensor | None = None, **rest: Any):
+               softcap: float | None = None, s_aux: Tensor | None = None, **rest: Any
+               ) -> tuple[Tensor, None]:
     """The attention function of implementation "kvcompile": emits one kvc.attention node."""
     if _trace is None:
         raise UnsupportedModelError("attn_implementation='kvcompile' serves capture alone; "
@@ -54,11 +56,10 @@ def _attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mas
     if attention_mask is not None:
         raise UnsupportedModelError(f"{where} makes its own attention mask; only causal and "
                                     "sliding-window masks are supported")
-    odd = [n for n, value in rest.items() if value is not None and value is not False
-           and n not in IGNORED]
+    odd = [n for n, x in rest.items() if x is not None and x is not False and n not in IGNORED]
     if odd:
-        raise UnsupportedModelError(f"{where} passes {', '.join(odd)} to attention, which kvcompile "
-                                    "does not know")
+        raise UnsupportedModelError(f"{where} passes {', '.join(odd)} to attention, which "
+                                    "kvcompile does not know")
     if not getattr(module, "is_causal", True) or rest.get("is_causal") is False:
         raise UnsupportedModelError(f"{where} is not causal: {type(module).__name__} attends to "
                                     "later tokens, so there is nothing to cache")
@@ -89,7 +90,8 @@ class _Stateless(nn.Module):
         self.model = model
         self.options = inspect.signature(model.forward).parameters
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, valid: Tensor, keep: Tensor):
+    def forward(self, input_ids: Tensor, position_ids: Tensor, valid: Tensor, keep: Tensor
+                ) -> Tensor:
         global _trace
         _trace = _Trace(position_ids, valid)
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": valid.long(),
@@ -111,16 +113,16 @@ def _as_traced(model: PreTrainedModel) -> Iterator[None]:
         for value in vars(config).values():
             if hasattr(value, "_attn_implementation"):
                 configs.setdefault(id(value), value)
-    attention = [(c, c.__dict__.get("_attn_implementation_internal")) for c in configs.values()]
+    attention = [(c, c.__dict__.get(ATTRIBUTE)) for c in configs.values()]
     try:
         for config, _ in attention:
-            config._attn_implementation_internal = NAME
+            setattr(config, ATTRIBUTE, NAME)
         with evaluating(model):
             yield
     finally:
         _trace = None
         for config, value in attention:
-            config._attn_implementation_internal = value
+            setattr(config, ATTRIBUTE, value)
 
 
 @contextmanager
@@ -209,11 +211,11 @@ def _check_sites(model: PreTrainedModel, gm: torch.fx.GraphModule, masks: list[C
     if not nodes:
         raise UnsupportedModelError(f"{name}: no layer of it calls transformers' attention "
                                     f"interface{_softmax(gm)}")
-    layers = [n.kwargs.get("layer", 0) for n in nodes]
+    layers: list[int] = [argument(n, "layer") for n in nodes]
     if len(set(layers)) != len(layers):
         raise UnsupportedModelError(f"{name} attends more than once in a layer ({layers}); "
                                     "one cache a layer is supported")
-    windows = {n.kwargs.get("window", 0) for n in nodes}
+    windows: set[int] = {argument(n, "window") for n in nodes}
     seen = {_window_of(mask, {0, *windows}): mask for mask in masks}
     if None in seen:
         raise UnsupportedModelError(f"{name} masks attention by {_name(seen[None])}, which is "
@@ -233,15 +235,13 @@ def _window_of(mask: Callable, windows: set[int]) -> int | None:
     q = torch.tensor([0, 1, PROBE // 2, size // 2, size - 1])[:, None]
     zero = torch.zeros((), dtype=torch.long)
     try:
-        got = mask(zero, zero, q, kv[None])
-        got = torch.as_tensor(got).expand(q.shape[0], kv.shape[0])
+        got = torch.as_tensor(mask(zero, zero, q, kv[None])).expand(q.shape[0], kv.shape[0])
+        for window in windows:
+            want = (kv[None] <= q) & ((kv[None] > q - window) if window else True)
+            if torch.equal(got, want):
+                return window
     except Exception as error:  # a function of data that is gone, such as image tokens
         log.debug("mask function %s failed on plain indices: %s", mask, error)
-        return None
-    for window in windows:
-        want = (kv[None] <= q) & ((kv[None] > q - window) if window else True)
-        if torch.equal(got, want):
-            return window
     return None
 
 

@@ -109,6 +109,9 @@ def _export(module: nn.Module) -> GraphModule:
         except Exception as error:
             if not (wrapper.padding and masks):
                 raise UnsupportedModelError(_why(module, error)) from error
+    for node in [n for n in program.graph.nodes if kind(n) == "detach_"]:  # of a constant
+        node.replace_all_uses_with(node.args[0])
+        program.graph.erase_node(node)
     if any(_mutates(n) for n in program.graph.nodes):
         program = program.run_decompositions({})
     changed = program.graph_signature.buffers_to_mutate

@@ -29,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.function(args)
             sys.stdout.flush()
         return 0
+    except _Mistake as error:
+        print(error, file=sys.stderr)
+        return 2
     except KVCompileError as error:
         print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -43,7 +46,11 @@ class _Parser(argparse.ArgumentParser):
     """argparse, but a mistake is one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        raise _Mistake(f"{self.prog}: {message}")
+
+
+class _Mistake(Exception):
+    """Arguments that cannot be read."""
 
 
 def _positive(text: str) -> int:

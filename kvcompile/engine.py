@@ -2,17 +2,18 @@
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
 from kvcompile.backend.inductor import compile_graph
+from kvcompile.errors import KVCompileError
+from kvcompile.format import PAGE
 from kvcompile.own_cache import OwnCache
 from kvcompile.planes import Layer
-from kvcompile.errors import KVCompileError
 from kvcompile.program import Program
-from kvcompile.store import PAGE
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def _with_embeddings(gm: GraphModule, embeds: Tensor) -> Callable:
                              "embedding")
 
     class Embedded(torch.fx.Interpreter):
-        def run_node(self, n: torch.fx.Node):
+        def run_node(self, n: torch.fx.Node) -> Any:
             return embeds if n is users[0] else super().run_node(n)
 
     return Embedded(gm).run

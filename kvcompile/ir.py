@@ -17,8 +17,14 @@ False for padding: such tokens are neither seen nor stored). `store` is the text
 of the row, the query included (0: no window). The bodies live in `kernels/eager.py`.
 """
 
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 import torch
+from torch._ops import OpOverload
 from torch.fx import Node
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 LIB = torch.library.Library("kvc", "DEF")
 
@@ -54,22 +60,22 @@ OPS = (ATTENTION, ROPE, APPEND, ATTEND)
 
 
 @torch.library.register_fake("kvc::attention", lib=LIB)
-def _(q, k, v, positions, valid, sinks, *, scale, window=0, softcap=0.0, store="store", layer=0):
+def _(q, k, v, positions, valid, sinks, *, scale, window=0, softcap=0.0, store="store", layer=0):  # type: ignore[no-untyped-def]
     return q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
 @torch.library.register_fake("kvc::rope", lib=LIB)
-def _(x, cos, sin, *, style):
+def _(x, cos, sin, *, style):  # type: ignore[no-untyped-def]
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("kvc::append", lib=LIB)
-def _(planes, k, v, positions, valid, *, store, layer=0):
+def _(planes, k, v, positions, valid, *, store, layer=0):  # type: ignore[no-untyped-def]
     return None
 
 
 @torch.library.register_fake("kvc::attend", lib=LIB)
-def _(
+def _(  # type: ignore[no-untyped-def]
     q, k, v, planes, positions, valid, sinks, *, scale, window=0, softcap=0.0, store, layer=0
 ):
     o = q.new_empty(*q.shape[:-1], v.shape[-1])
@@ -77,28 +83,36 @@ def _(
 
 
 @torch.library.register_fake("kvc::update", lib=LIB)
-def _(cache, k, v, *, length, layer):
+def _(cache, k, v, *, length, layer):  # type: ignore[no-untyped-def]
     return tuple(x.new_empty(x.shape[0], x.shape[1], length, x.shape[3]) for x in (k, v))
 
 
 @torch.library.register_fake("kvc::decode", lib=LIB)
-def _(cache, q, k, v, mask, *, scale, recipe="", layer):
+def _(cache, q, k, v, mask, *, scale, recipe="", layer):  # type: ignore[no-untyped-def]
     return q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
-def body(name: str):
-    """Register the decorated function as the plain PyTorch body of kvc op `name`."""
+INLINED: dict[OpOverload, Callable[..., Any]] = {}  # ops that a compiler should see through
 
-    def register(function):
+
+def body(name: str, inline: bool = False) -> Callable[[F], F]:
+    """Register the decorated function as the plain PyTorch body of kvc op `name`.
+
+    `inline`: compiled graphs take the body's own ops, to be fused with what is around them.
+    """
+
+    def register(function: F) -> F:
         LIB.impl(name, function, "CompositeExplicitAutograd")
+        if inline:
+            INLINED[getattr(torch.ops.kvc, name).default] = function
         return function
 
     return register
 
 
-def argument(node: Node, name: str):
+def argument(node: Node, name: str) -> Any:
     """The value that `node` (a call of a kvc op) has for the schema argument `name`."""
-    for index, arg in enumerate(node.target._schema.arguments):
+    for index, arg in enumerate(cast(OpOverload, node.target)._schema.arguments):
         if arg.name == name:
             if name in node.kwargs:
                 return node.kwargs[name]

@@ -42,7 +42,7 @@ class Operand:
 
 def sources(at: Concrete, operand: Node, arrange: Callable[[Tensor], Tensor],
             scaled: bool = True) -> list[Operand]:
-    """What `operand` is a copy of: fewest heads first, then plain form, unscaled, and the nearest.
+    """What `operand` is a copy of: fewest heads first, then unscaled, plain and near ones.
 
     `arrange` brings a tensor of the operand's shape to [batch * heads, tokens, D]; constant
     factors on the way are taken off if `scaled`.
@@ -55,7 +55,7 @@ def sources(at: Concrete, operand: Node, arrange: Callable[[Tensor], Tensor],
                       for order, h in _orders(at, form, seen, heads)][:1]
     if not found:
         raise Miss("is no copy of a tensor [batch, heads, tokens, D]", operand)
-    return sorted(found, key=lambda o: (o.heads, not o.plain, o.split is not None, o.factor == 1.0))
+    return sorted(found, key=lambda o: (o.heads, o.split is not None, o.factor == 1.0, not o.plain))
 
 
 def per_head(at: Concrete, operand: Node, heads: int) -> Node:

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvcompile.cache import KVCache
-from kvcompile.own_cache import OwnCache
 from kvcompile.engine import Engine
 from kvcompile.errors import KVCompileError
+from kvcompile.own_cache import OwnCache
 from kvcompile.program import Program, capture
 from kvcompile.recipe import Recipe
 from kvcompile.self_check import self_check
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 def optimize(model: PreTrainedModel, recipe: str | Recipe = "minicache+kivi", *,
              max_length: int | None = None, compile: bool = True,
              prefill_chunk: int | None = None) -> PreTrainedModel:
-    """A model of the same class family that shares `model`'s weights and stores K and V by `recipe`.
+    """A model of the same class family that shares `model`'s weights; K and V stored by `recipe`.
 
     max_length     tokens for which every cache is allocated in advance; more raise CacheFullError
     compile        compile the decode step with Inductor (else run the same graph eagerly)
@@ -44,7 +44,7 @@ def optimize(model: PreTrainedModel, recipe: str | Recipe = "minicache+kivi", *,
     else:
         base, program = model, capture(model, recipe)
         self_check(base, program)
-    cls = type(f"KVCompiled{type(base).__name__}", (Optimized, type(base)), {
+    cls: Any = type(f"KVCompiled{type(base).__name__}", (Optimized, type(base)), {
         "__doc__": f"{type(base).__name__} with a KV cache compressed by kvcompile.",
         "__module__": __name__})
     out = cls.__new__(cls)
@@ -99,7 +99,7 @@ class Optimized(PreTrainedModel):
                 inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
                 use_cache: bool | None = None, logits_to_keep: int | Tensor = 0,
                 output_attentions: bool | None = None, output_hidden_states: bool | None = None,
-                return_dict: bool | None = None, **rest: Any):
+                return_dict: bool | None = None, **rest: Any) -> Any:
         """As the base model's forward; the cache in and out is a `kvcompile.KVCache`."""
         _refuse(self, output_attentions=output_attentions,
                 output_hidden_states=output_hidden_states, **rest)
@@ -209,9 +209,9 @@ def _valid(mask: Tensor | None, cache: OwnCache | None, batch: int, tokens: int,
         raise KVCompileError(f"attention_mask has {mask.dim()} dimensions; kvcompile takes a 2-D "
                              "padding mask [batch, cached + new tokens]")
     if mask.shape != (batch, past + tokens):
-        raise KVCompileError(f"attention_mask is {list(mask.shape)}, but {past} cached and {tokens} "
-                             f"new tokens in a batch of {batch} need {[batch, past + tokens]}")
+        raise KVCompileError(f"attention_mask is {list(mask.shape)}, but {past} cached and "
+                             f"{tokens} new tokens need {[batch, past + tokens]}")
     if past and tokens > 1 and cache is not None and not cache.same_columns(mask[:, :past]):
-        raise KVCompileError("attention_mask hides or shows cached tokens differently from the call "
-                             "that stored them")
+        raise KVCompileError("attention_mask hides or shows cached tokens differently from the "
+                             "call that stored them")
     return mask[:, past:].bool()

@@ -19,11 +19,14 @@ class OwnCache(KVCache):
     a batch may hold different numbers of tokens.
     """
 
-    is_compileable = False  # type: ignore[assignment]
+    is_compileable = False
 
     def __init__(self, sites: tuple[Site, ...], recipe: str, owner: str,
                  max_length: int | None = None) -> None:
         super(KVCache, self).__init__(layers=[])
+        self._rows: list[int] = []
+        self._new: list[int] = []
+        self._torn = False
         self.recipe, self.owner, self.max_length = recipe, owner, max_length
         self._sites = sites
         self.windows = [s.window for s in sites]
@@ -100,8 +103,7 @@ class OwnCache(KVCache):
 
     def reset(self) -> None:
         super().reset()
-        self._rows: list[int] = []
-        self._new: list[int] = []
+        self._rows, self._new = [], []
         self._torn = False
         self._valid = torch.zeros(0, 0, dtype=torch.bool)
         self._ids = torch.zeros(0, 0, dtype=torch.int32)

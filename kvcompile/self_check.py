@@ -1,5 +1,7 @@
 """The mandatory check: decoding with a cache must compute what the model computes without one."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
@@ -18,8 +20,8 @@ def self_check(model: PreTrainedModel, program: Program) -> None:
 
     Raises UnsupportedModelError that names the first node, other than attention, that mixes tokens.
     """
-    from kvcompile.own_cache import OwnCache
     from kvcompile.engine import Engine
+    from kvcompile.own_cache import OwnCache
 
     exact = program.lower("full")
     device, total = model.device, PROMPT + STEPS
@@ -104,7 +106,7 @@ class _Record(Interpreter):
         self.values: dict[Node, Tensor] = {}
         self.attention: dict[Node, Tensor] = {}
 
-    def run_node(self, n: Node):
+    def run_node(self, n: Node) -> Any:
         if n.target is ATTENTION and n in self.attention:
             return self.attention[n]
         out = super().run_node(n)

@@ -78,12 +78,10 @@ class Store:
     def parse(text: str) -> "Store":
         """The store that `text` spells; what is left out is dense, undelayed and unbounded."""
         term = parse_term(text)
-        sides = {}
-        for s in SIDES:
-            options = {o: term.get(f"{s}_{o}") for o in ("block", "lag")}
-            options = {o: n for o, n in options.items() if n is not None}
-            sides[s] = Side(_format(term.get(s, DENSE)), **options)
-        return Store(**sides, sinks=term.get("sinks", 0), window=term.get("window", 0))
+        axes = {f"{axis}.{s}": term.get(name) for s in SIDES
+                for axis, name in (("format", s), ("block", f"{s}_block"), ("lag", f"{s}_lag"))}
+        axes |= {name: term.get(name) for name in ("sinks", "window")}
+        return Store.of({a: v for a, v in axes.items() if v is not None})
 
     @staticmethod
     def of(axes: Mapping[str, object], own: int = 0) -> "Store":

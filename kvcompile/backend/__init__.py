@@ -2,10 +2,10 @@
 
     torch.compile(model, backend="kvcompile", options={"recipe": "kivi(bits=4)"})
 
-A stateless forward (use_cache=False) is rewritten so that attention sees the compressed view of the
-sequence. With `past_key_values=kvcompile.KVCache(...)` attention over the decoded view becomes
-kvc.decode, attention over the stored form. Any other graph is compiled as it is, with one warning that names
-the reason.
+A stateless forward (use_cache=False) is rewritten so that attention sees the compressed view of
+the sequence. With `past_key_values=kvcompile.KVCache(...)` attention over the decoded view becomes
+kvc.decode, attention over the stored form. Any other graph is compiled as it is, with one warning
+that names the reason.
 """
 
 import logging

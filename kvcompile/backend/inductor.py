@@ -3,6 +3,7 @@
     torch._inductor.compile_fx.compile_fx      compile an fx graph without Dynamo: no guards are
         evaluated per call (a decode step has hundreds of planes and weights), nothing can recompile
     CompileContext   which frame is compiled, to warn once for all of its graphs
+    select_decomp_table   to which the bodies of inlined kvc ops are added
     make_fx   Dynamo graphs as ATen ops before any decomposition
     torch._subclasses.FakeTensorMode, ShapeEnv, StatelessSymbolicContext, DimDynamic   inputs with
         symbolic sizes that share no symbol (duck_shape=False), since pools of equal size now need
@@ -11,12 +12,14 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch._dynamo.source import ConstantSource
 from torch._guards import CompileContext
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -25,6 +28,8 @@ from torch.fx.experimental.symbolic_shapes import (
     ShapeEnv,
     StatelessSymbolicContext,
 )
+
+from kvcompile.ir import INLINED
 
 
 def compile_graph(gm: GraphModule, inputs: Sequence[Tensor],
@@ -38,11 +43,11 @@ def compile_graph(gm: GraphModule, inputs: Sequence[Tensor],
     fakes = []
     for i, (x, dims) in enumerate(zip(inputs, dynamic, strict=True)):
         sizes = [DimDynamic.DYNAMIC if d in dims else DimDynamic.STATIC for d in range(x.dim())]
-        context = StatelessSymbolicContext(dynamic_sizes=sizes)
+        context: StatelessSymbolicContext = StatelessSymbolicContext(dynamic_sizes=sizes)
         fakes.append(mode.from_tensor(x, symbolic_context=context,
                                       source=ConstantSource(f"__kvc_{i}")))
     with torch.no_grad():
-        return compile_fx(gm, fakes)
+        return cast(Callable, compile_fx(gm, fakes, decompositions=_decompositions()))
 
 
 def to_aten(gm: GraphModule) -> GraphModule:
@@ -65,4 +70,8 @@ def frame() -> int:
 
 def compile_dynamo(gm: GraphModule, inputs: Sequence) -> Callable:
     """Compile what a Dynamo backend was given, with Inductor."""
-    return compile_fx(gm, list(inputs))
+    return cast(Callable, compile_fx(gm, list(inputs), decompositions=_decompositions()))
+
+
+def _decompositions() -> dict:
+    return {**select_decomp_table(), **INLINED}

@@ -1,6 +1,7 @@
 """What the torch.compile backend does to a graph before Inductor gets it."""
 
 import operator
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -117,7 +118,7 @@ def _upto(node: Node, found: list[Node]) -> list[Node]:
     return found
 
 
-def _option(node: Node, index: int, name: str, default: object) -> object:
+def _option(node: Node, index: int, name: str, default: Any) -> Any:
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
