@@ -10,14 +10,13 @@ mapping or object that holds them.
 import inspect
 from collections.abc import Mapping
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from kvcompile.capture import _mutates, _plain, _why, evaluating, source
-from kvcompile.concrete import CASTS, Concrete, Inputs, Miss, kind, value
+from kvcompile.concrete import CASTS, Concrete, Inputs, Miss, argument, kind, value
 from kvcompile.emit import Emitter
 from kvcompile.errors import UnsupportedModelError
 from kvcompile.operands import MOVES, follow
@@ -80,9 +79,8 @@ class _Stateless(nn.Module):
         for other in (position_ids, valid):  # one pair of symbols; a buffer may limit their range
             for dim in (0, 1):
                 torch._check(other.shape[dim] == input_ids.shape[dim])
-        inputs = {self.positions: position_ids, self.padding: valid.to(self.mask)}
-        inputs.pop(None, None)
-        out = self.module(input_ids, **inputs)
+        given = ((self.positions, position_ids), (self.padding, valid.to(self.mask)))
+        out = self.module(input_ids, **{name: x for name, x in given if name})
         if isinstance(out, Mapping):
             out = out.get("logits", next(iter(out.values())))
         out = getattr(out, "logits", out)
@@ -96,7 +94,7 @@ def _export(module: nn.Module) -> GraphModule:
     positions = torch.arange(16, device=device).expand(2, -1).contiguous()
     example = (ids, positions, torch.ones_like(ids, dtype=torch.bool),
                torch.arange(3, device=device))
-    size = torch.export.Dim.DYNAMIC(min=1)  # type: ignore[operator]
+    size = torch.export.Dim.DYNAMIC(min=1)
     shapes = ({0: size, 1: size}, {0: size, 1: size}, {0: size, 1: size}, {0: size})
     masks = [torch.long, torch.bool]
     while True:
@@ -108,7 +106,7 @@ def _export(module: nn.Module) -> GraphModule:
             break
         except Exception as error:
             if not (wrapper.padding and masks):
-                raise UnsupportedModelError(_why(module, error)) from error
+                raise UnsupportedModelError(_why(module, error)) from error  # type: ignore[arg-type]
     for node in [n for n in program.graph.nodes if kind(n) == "detach_"]:  # of a constant
         node.replace_all_uses_with(node.args[0])
         program.graph.erase_node(node)
@@ -136,20 +134,21 @@ def _keep(gm: GraphModule, inputs: Inputs, keep: Node) -> None:
     output = gm.graph.output_node()
     logits = output.args[0]
     if not isinstance(logits, Node) or value(logits).dim() != 3:
-        raise UnsupportedModelError("the first result is no tensor of logits [batch, tokens, vocab]")
+        raise UnsupportedModelError("the first result is no tensor [batch, tokens, vocab]")
     emit, tail, node = Emitter(gm.graph, inputs), [], logits
     while len(node.users) == 1 and (before := _pointwise(node)):
         tail.append(node)
         node = before
     if kind(node) == "linear" and len(node.users) == 1:
         tail.append(node)
-        node = node.args[0]  # type: ignore[assignment]
+        node = argument(node)
     else:
         tail, node = [], logits
     last = tail[-1] if tail else output
     with gm.graph.inserting_before(last):
         every = _every_token(gm, inputs, node)
-        last.replace_input_with(node, emit.call(aten.index_select.default, every, 1, keep, like=node))
+        kept = emit.call(aten.index_select.default, every, 1, keep, like=node)
+    last.replace_input_with(node, kept)
     for node in reversed(tail):
         emit.update(node)
 
@@ -163,7 +162,7 @@ def _every_token(gm: GraphModule, inputs: Inputs, node: Node) -> Node:
             raise UnsupportedModelError(f"logits of all tokens are needed, '{node.name}' has "
                                         f"{both[0].shape(node)[1]}")
         chain.append(node)
-        node = node.args[0]  # type: ignore[assignment]
+        node = argument(node)
     for at in both if chain else ():
         index = torch.arange(prod(at.shape(node))).view(at.shape(node))
         if not torch.equal(follow(at, chain, index), index[:, -1:]):

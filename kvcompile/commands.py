@@ -121,10 +121,12 @@ def _prompt(args: Namespace, model: PreTrainedModel,
         if not tokenizer.chat_template:
             raise KVCompileError(f"{args.model} has no chat template; leave out --chat")
         told = [{"role": "user", "content": PROMPT if text is None else text}]
-        ids = tokenizer.apply_chat_template(told, add_generation_prompt=True, return_dict=True,
-                                            return_tensors="pt")["input_ids"]
+        encoded: Any = tokenizer.apply_chat_template(told, add_generation_prompt=True,
+                                                     return_dict=True, return_tensors="pt")
+        ids = encoded["input_ids"]
     else:
-        ids = tokenizer(PROMPT if text is None else text, return_tensors="pt")["input_ids"].long()
+        encoded = tokenizer(PROMPT if text is None else text, return_tensors="pt")
+        ids = encoded["input_ids"].long()
     if ids.numel() == 0:
         raise KVCompileError("the prompt is empty")
     return ids

@@ -43,6 +43,13 @@ def kind(node: Any) -> str:
     return ""
 
 
+def argument(node: Node, index: int = 0) -> Node:
+    """The node that a call has as positional argument `index`."""
+    if index < len(node.args) and isinstance(found := node.args[index], Node):
+        return found
+    raise Miss(f"has no tensor as argument {index}", node)
+
+
 def value(node: Node) -> Any:
     """The fake value that tracing left on `node`."""
     if "val" not in node.meta:
@@ -70,6 +77,9 @@ class Inputs:
         holders = [n for n in graph.nodes if n.op == "placeholder"
                    and isinstance(n.meta.get("val"), Tensor) and n.name not in (values or {})]
         rows = [n for n in holders if n.meta["val"].dim() == 2 and not _floating(n)]
+        last = [n.meta["val"].shape[1] for n in (tokens, *rows) if n is not None]
+        size = next((s for s in last if isinstance(s, SYMBOLIC)), next(iter(last), None))
+        rows = [n for n in rows if _alike(n.meta["val"].shape[1], size)]
         named = {part: next((n for n in rows if part in n.name), None)
                  for part in ("position", "mask")}
         positions = positions or named["position"]
@@ -83,7 +93,13 @@ class Inputs:
 
 
 def _floating(node: Node) -> bool:
-    return node.meta["val"].is_floating_point()
+    return bool(node.meta["val"].is_floating_point())
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether both sizes are symbols, which calls may make equal, or are the same number."""
+    symbolic = isinstance(a, SYMBOLIC)
+    return symbolic if isinstance(b, SYMBOLIC) else not symbolic and a == b
 
 
 class Concrete:
@@ -134,7 +150,7 @@ class Concrete:
         a, b = self.shape(before), self.shape(after)
         return a[-2:] == b[-2:] and prod(a) == prod(b)
 
-    def argument(self, arg: Any, known: Mapping[Node, Any]) -> Any:
+    def given(self, arg: Any, known: Mapping[Node, Any]) -> Any:
         """`arg` with its nodes replaced: by what is known, by their size, else by their value."""
         def one(node: Node) -> Any:
             if node in known:
@@ -149,7 +165,7 @@ class Concrete:
                  leaf: Callable[[Node], Any] | None = None) -> list[Any]:
         """The values of `nodes`; `leaf(placeholder)` is asked for what placeholders hold."""
         wanted = list(nodes)
-        order = ancestors(self.gm.graph, wanted)
+        order = ancestors(wanted)
         last = {used: node for node in order for used in inputs_of(node)}
         known: dict[Node, Any] = {}
         for node in order:
@@ -177,10 +193,10 @@ class Concrete:
             raise Miss(f"depends on '{node.name}', which is not an operator call", node)
         args = list(node.args)
         if (at := LIKE.get(kind(node))) is not None:
-            like = args[at]
+            like = argument(node, at)
             val = value(like)
             args[at] = torch.empty((), dtype=val.dtype, device=val.device).expand(self.shape(like))
-        given = self.argument((args, dict(node.kwargs)), known)
+        given = self.given((args, dict(node.kwargs)), known)
         try:
             with torch.no_grad():
                 return node.target(*given[0], **given[1])  # type: ignore[operator]
@@ -207,7 +223,7 @@ def inputs_of(node: Node) -> list[Node]:
     return found
 
 
-def ancestors(graph: Graph, nodes: Iterable[Node]) -> list[Node]:
+def ancestors(nodes: Iterable[Node]) -> list[Node]:
     """`nodes` and all that their values depend on, in graph order."""
     seen: set[Node] = set()
     todo = list(nodes)
@@ -216,7 +232,7 @@ def ancestors(graph: Graph, nodes: Iterable[Node]) -> list[Node]:
         if node not in seen:
             seen.add(node)
             todo.extend(inputs_of(node))
-    return [n for n in graph.nodes if n in seen]
+    return sorted(seen)
 
 
 def constant(at: Concrete, x: Any) -> float:

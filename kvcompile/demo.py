@@ -18,8 +18,8 @@ from kvcompile.registry import module
 from kvcompile.show import as_text, progress
 
 PROMPT, NEW = 4000, 64  # tokens of the prompt, and generated after it
-CONTEXT, STEPS = 2048, 192  # tokens of the held-out text: prompt, and decoded one at a time
-HELD_OUT = 20_000  # where in the text the held-out part starts
+CONTEXT, STEPS = 2048, 128  # tokens of the held-out text: prompt, and decoded one at a time
+PROMPT_AT, HELD_OUT = 12_000, 20_000  # where in the text they start
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def demo(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: str
          streamer: BaseStreamer | None = None, compile: bool = True) -> Comparison:
     """Continue 4,000 tokens of pydoc's topics; score another part of them by forced decode."""
     topics = module("models", "smollm2").topics_ids
-    return compare(model, tokenizer, recipe, topics(tokenizer, PROMPT),
+    return compare(model, tokenizer, recipe, topics(tokenizer, PROMPT, skip=PROMPT_AT),
                    topics(tokenizer, CONTEXT + STEPS + 1, skip=HELD_OUT), new=NEW, context=CONTEXT,
                    streamer=streamer, compile=compile)
 

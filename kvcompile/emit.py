@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from kvcompile.concrete import Inputs, kind, value
+from kvcompile.concrete import Inputs, kind, same_size, value
 from kvcompile.ir import ATTENTION
 from kvcompile.operands import MOVES, Operand
 
@@ -49,8 +50,7 @@ class Emitter:
         out = site.out
         with self.graph.inserting_before(out):
             q, k, v = (self.operand(o, out) for o in (site.q, site.k, site.v))
-            dtype = torch.promote_types(torch.promote_types(*(value(x).dtype for x in (q, k))),
-                                        value(v).dtype)
+            dtype = reduce(torch.promote_types, (value(x).dtype for x in (q, k, v)))
             q, k, v = (self.cast(x, dtype, out) for x in (q, k, v))
             o = self.call(ATTENTION, q, k, v, positions, valid, site.sinks, scale=site.scale,
                           window=site.mask.window, softcap=site.softcap, layer=layer, like=out)
@@ -79,8 +79,7 @@ class Emitter:
         """[batch, heads, tokens, D] as the operand says to read it."""
         x, rank = o.node, value(o.node).dim()
         if o.split is not None:
-            heads = int(value(x).shape[o.split] // value(self.inputs.tokens).shape[0])
-            x = self.call(aten.unflatten.int, x, o.split, [-1, heads], like=like)
+            x = self.call(aten.unflatten.int, x, o.split, [-1, o.heads], like=like)
         elif rank == 3:
             x = self.call(aten.unsqueeze.default, x, 1, like=like)
         if o.order != tuple(range(len(o.order))):
@@ -100,8 +99,9 @@ class Emitter:
 
     def _positions(self) -> Node:
         batch, tokens = self._sizes()
+        size = value(self.inputs.tokens).shape[0]
         given = self.inputs.positions
-        if given is not None and value(given).shape == value(self.inputs.tokens).shape[:2]:
+        if given is not None and same_size(value(given).shape[0], size):
             return given
         if given is None:
             device = value(self.inputs.tokens).device
@@ -123,10 +123,14 @@ class Emitter:
 
     def _sizes(self) -> tuple[Any, Any]:
         """Batch and tokens: numbers, or the nodes that give them."""
-        sizes = value(self.inputs.tokens).shape[:2]
-        return tuple(s if isinstance(s, int) else self._once(
-            ("size", dim), lambda dim=dim: self.call(aten.sym_size.int, self.inputs.tokens, dim))
-            for dim, s in enumerate(sizes))  # type: ignore[return-value]
+        def size(dim: int) -> Any:
+            found = value(self.inputs.tokens).shape[dim]
+            if isinstance(found, int):
+                return found
+            make = partial(self.call, aten.sym_size.int, self.inputs.tokens, dim)
+            return self._once(("size", dim), make)
+
+        return size(0), size(1)
 
     def _once(self, key: Any, make: Callable[[], Node]) -> Node:
         """A node that all sites share, made at the top of the graph."""

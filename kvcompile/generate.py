@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
@@ -57,8 +58,9 @@ def timed(model: PreTrainedModel, ids: Tensor, streamer: BaseStreamer | None = N
           **options: Any) -> Run:
     """model.generate(ids [1, S], **options), timed token by token."""
     clock = Clock(streamer)
-    out = model.generate(ids, attention_mask=ids.new_ones(ids.shape), streamer=clock,
-                         return_dict_in_generate=True, **options)
+    generate: Any = model.generate
+    out = generate(ids, attention_mask=torch.ones_like(ids), streamer=clock,
+                   return_dict_in_generate=True, **options)
     start, *ends = clock.times  # the prompt, then every new token
     steps = [b - a for a, b in zip(ends, ends[1:], strict=False)]
     tokens = ids.shape[1]

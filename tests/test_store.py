@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from support import RECIPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import RECIPES
 
-from kvcompile.planes import Layer
 from kvcompile.ir import APPEND, ATTEND, ATTENTION
 from kvcompile.plan import plan
+from kvcompile.planes import Layer
 from kvcompile.program import Site
 from kvcompile.store import SIDES, Store
 
