@@ -60,18 +60,37 @@ def causal(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: 
     return torch.stack(rows)
 
 
-def last(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float,
-         sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`attend_row`, by torch's fused CPU kernel for one plain query of a decode step."""
-    (hq, s, d), h = q.shape, k.shape[0]
-    fused = (s == 1 and not softcap and not window and v.shape[-1] == d and q.device.type == "cpu")
-    if not fused:
-        return attend_row(q, k, v, scale, window, softcap, sinks)
-    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q.view(1, h, hq // h, d), k[None], v[None], 0.0, False, scale=scale)
-    o, lse = o.reshape(hq, 1, d), lse.reshape(hq, 1).float()
+def decode(q: Tensor, k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor, scale: float,
+           softcap: float, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One query [Hq, 1, Dk] over what is stored, k and v [H, T, D], and over its own token.
+
+    The two are merged by their log-sum-exps, so that what is stored is read where it lies.
+    """
+    hq, h = q.shape[0], k.shape[0]
+    own = (q.view(h, hq // h, -1).float() * k_new.float()).sum(-1).view(hq, 1) * scale
+    if softcap:
+        own = softcap * torch.tanh(own / softcap)
+    value = v_new.expand(h, hq // h, -1).reshape(hq, 1, -1)
+    if k.shape[1] == 0:
+        o, lse = value, own
+    else:
+        o, lse = _one_query(q, k, v, scale, softcap)
+        share = torch.sigmoid(own - lse)[..., None]
+        o = torch.lerp(o.float(), value.float(), share)
+        lse = torch.logaddexp(lse, own)
     if sinks is not None:
         sink = sinks.float()[:, None]
-        o = (o * torch.sigmoid(lse - sink)[..., None]).to(q.dtype)
+        o = o * torch.sigmoid(lse - sink)[..., None]
         lse = torch.logaddexp(lse, sink)
-    return o, lse
+    return o.to(q.dtype), lse
+
+
+def _one_query(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float
+               ) -> tuple[Tensor, Tensor]:
+    """`attend_row` without mask or sinks, by torch's fused CPU kernel where it applies."""
+    hq, h = q.shape[0], k.shape[0]
+    if softcap or v.shape[-1] != q.shape[-1] or q.device.type != "cpu":
+        return attend_row(q, k, v, scale, 0, softcap, None)
+    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q.reshape(1, h, hq // h, -1), k[None], v[None], 0.0, False, scale=scale)
+    return o.reshape(hq, 1, -1), lse.reshape(hq, 1).float()

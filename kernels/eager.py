@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvcompile.ir import body
 from kvcompile.kernels import pages
-from kvcompile.kernels.dense_attention import attend_row, causal, last
+from kvcompile.kernels.dense_attention import attend_row, causal, decode
 from kvcompile.store import SIDES, Store
 
 
@@ -148,13 +148,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Ten
                    for x, at in ((q, queries), (k, heads), (v, heads))]
             if new[0].shape[1] == 0:
                 continue
-            all_k, all_v = (
-                torch.cat([pages.stored(parsed, side, tiers[side], row, heads, n), x], 1)
-                for side, x in zip(SIDES, new[1:], strict=True))
+            old = [pages.stored(parsed, side, tiers[side], row, heads, n) for side in SIDES]
+            own_sinks = None if sinks is None else sinks[queries]
             # a window that the store has already applied needs no mask for a single query
-            masked = 0 if all_k.shape[1] <= window else window
-            out = last(new[0], all_k, all_v, scale, masked, softcap,
-                       None if sinks is None else sinks[queries])
+            if new[0].shape[1] == 1 and (not window or old[0].shape[1] < window):
+                out = decode(new[0], old[0], old[1], new[1], new[2], scale, softcap, own_sinks)
+            else:
+                all_k, all_v = (torch.cat(x, 1) for x in zip(old, new[1:], strict=True))
+                out = attend_row(new[0], all_k, all_v, scale, window, softcap, own_sinks)
             if every:
                 o[row, queries], lse[row, queries] = out
             else:

@@ -32,11 +32,22 @@ class Tier:
         return x.index_select(1, torch.arange(start, end, device=x.device) % self.ring)
 
     def _decode(self, pages: Tensor) -> Tensor:
-        """pages [h, p] -> [h, p * PAGE, dim]."""
+        """pages [h, p] -> [h, p * PAGE, dim]; of dense pages that lie together, a view."""
         h, p = pages.shape
+        ids = pages.tolist()
+        first = ids[0][0]
+        apart = ids[1][0] - first if h > 1 else p
+        together = apart >= p and all(
+            row == list(range(start, start + p))
+            for row, start in zip(ids, range(first, first + h * apart, apart), strict=True))
         flat = pages.reshape(-1)
-        planes = {n: x.index_select(0, flat).view(h, -1, *x.shape[2:])
-                  for n, x in self.pools.items()}
+        planes = {}
+        for name, pool in self.pools.items():
+            if together and first + h * apart <= pool.shape[0]:
+                own = pool[first : first + h * apart].unflatten(0, (h, apart))[:, :p]
+            else:
+                own = pool.index_select(0, flat).unflatten(0, (h, p))
+            planes[name] = own.flatten(1, 2)
         return self.format.decode(planes, self.dim, self.dtype)
 
     def write(self, row: int, heads: slice, start: int, x: Tensor) -> None:

@@ -1,6 +1,7 @@
 """The command line: kvcompile run | explain | recipes; errors are one line and exit code 2."""
 
 import argparse
+import logging
 import math
 import os
 import sys
@@ -20,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry
     command = "kvcompile"
     try:
         args = _parser().parse_args(argv)

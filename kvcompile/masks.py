@@ -155,9 +155,15 @@ class _Evaluation:
                   and n not in (self.inputs.positions, self.inputs.padding)
                   and n.name not in self.inputs.values]
         wanted = [t.node for t in self.terms]
-        runs = [at.evaluate(wanted, partial(self._leaf, at, rows, noise))
-                for noise in range(2 if others else 1)
-                if not any(value(n).is_floating_point() for n in others)]
+        try:
+            runs = [at.evaluate(wanted, partial(self._leaf, at, rows, noise))
+                    for noise in range(2 if others else 1)
+                    if not any(value(n).is_floating_point() for n in others)]
+        except Failed:
+            raise
+        except Miss as miss:
+            guilty = (n for n in wanted if miss.node in ancestors([n]))
+            raise Miss(miss.reason, next(guilty, miss.node)) from None
         if not runs or not all(torch.equal(*pair) for pair in zip(runs[0], runs[-1], strict=True)):
             raise Miss(f"depends on the values of '{others[0].name}'", wanted[0])
         parts = [_addend(t, x.cpu(), at.batch) for t, x in zip(self.terms, runs[0], strict=True)]

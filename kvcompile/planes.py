@@ -3,14 +3,18 @@
 import torch
 from torch import Tensor
 
+from kvcompile.format import PAGE
 from kvcompile.program import Site
 from kvcompile.store import SIDES
 
-SLACK = 8  # pools that must grow while decoding grow by at least an eighth
+SLACK = 8  # a tier that must grow while decoding grows by an eighth more
 
 
 class Layer:
-    """One layer's planes, in `Store.planes` order, and how many pages each row has of each tier."""
+    """One layer's planes, in `Store.planes` order, and how many pages each row has of each tier.
+
+    The pages of a row lie together in the pool, head by head; tables say so to the kernels.
+    """
 
     def __init__(self, site: Site, batch: int, device: torch.device) -> None:
         self.site = site
@@ -24,50 +28,48 @@ class Layer:
         self.pages = {(s, t): [0] * batch for s in SIDES for t in site.store.tiers(s)}
 
     def reserve(self, counts: list[int]) -> None:
-        """Have pages for rows of these token counts; pools grow exactly at first, then by slack."""
-        for (side, tier), have in self.pages.items():
-            need = [max(h, self.site.store.pages(side, tier, n))
-                    for h, n in zip(have, counts, strict=True)]
-            if need != have:
-                self._grow(side, tier, have, need)
-                self.pages[side, tier] = need
+        """Have pages for rows of these token counts; exactly those at first, later some to spare.
 
-    def _grow(self, side: str, tier: str, have: list[int], need: list[int]) -> None:
-        prefix, heads = f"{side}.{tier}.", self.site.heads
-        used, total = heads * sum(have), heads * sum(need)
+        Growing copies the tier's pools, one plane at a time.
+        """
+        for (side, tier), have in self.pages.items():
+            need = [self.site.store.pages(side, tier, n) for n in counts]
+            if all(h >= n for h, n in zip(have, need, strict=True)):
+                continue
+            if any(have):
+                ring = self.site.store.ring(side, tier)
+                most = max(need) * 2 if ring is None else ring // PAGE
+                need = [max(h, min(n + n // SLACK, most))
+                        for h, n in zip(have, need, strict=True)]
+            self._lay(side, tier, list(range(len(have))), need)
+
+    def select(self, rows: list[int]) -> None:
+        """Keep these rows of the batch, in this order; pages of a row taken twice are copied."""
+        for (side, tier), have in self.pages.items():
+            self._lay(side, tier, rows, [have[r] for r in rows])
+        self.planes[0] = self.planes[0][torch.tensor(rows, device=self.planes[0].device)]
+
+    def _lay(self, side: str, tier: str, rows: list[int], pages: list[int]) -> None:
+        """Lay a tier out anew: row i becomes what rows[i] was, with pages[i] pages a head."""
+        have, heads, prefix = self.pages[side, tier], self.site.heads, f"{side}.{tier}."
+        starts = [heads * sum(have[:row]) for row in range(len(have))]
         for i, spec in enumerate(self.specs):
             old = self.planes[i]
             if not spec.name.startswith(prefix):
                 continue
             if spec.shape:
-                if old.shape[0] < total:
-                    size = max(total, old.shape[0] + old.shape[0] // SLACK)
-                    self.planes[i] = old.new_zeros(size, *old.shape[1:])
-                    self.planes[i][: old.shape[0]] = old
-                continue
-            if max(need) > old.shape[2]:
-                self.planes[i] = old.new_zeros(*old.shape[:2], max(need))
-                self.planes[i][:, :, : old.shape[2]] = old
-            for row, (h, n) in enumerate(zip(have, need, strict=True)):
-                ids = torch.arange(used, used + heads * (n - h), dtype=old.dtype)
-                self.planes[i][row, :, h:n] = ids.view(heads, n - h).to(old.device)
-                used += heads * (n - h)
-
-    def select(self, rows: list[int]) -> None:
-        """Keep these rows of the batch, in this order; pages of a row taken twice are copied."""
-        for (side, tier), have in self.pages.items():
-            prefix, need = f"{side}.{tier}.", [have[r] for r in rows]
-            table = next(i for i, s in enumerate(self.specs) if s.name == prefix + "table")
-            old = self.planes[table]
-            used = torch.cat([old[r, :, : have[r]].reshape(-1) for r in rows]).long()
-            for i, spec in enumerate(self.specs):
-                if spec.name.startswith(prefix) and spec.shape:
-                    self.planes[i] = self.planes[i].index_select(0, used)
-            self.planes[table] = old.new_zeros(len(rows), old.shape[1], max(need, default=0))
-            at = 0
-            for row, n in enumerate(need):
-                ids = torch.arange(at, at + old.shape[1] * n, dtype=old.dtype, device=old.device)
-                self.planes[table][row, :, :n] = ids.view(old.shape[1], n)
-                at += ids.numel()
-            self.pages[side, tier] = need
-        self.planes[0] = self.planes[0][torch.tensor(rows, device=self.planes[0].device)]
+                new, at = old.new_zeros(heads * sum(pages), *old.shape[1:]), 0
+                for row, n in zip(rows, pages, strict=True):
+                    source = old[starts[row] : starts[row] + heads * have[row]]
+                    kept = min(n, have[row])
+                    new[at : at + heads * n].unflatten(0, (heads, n))[:, :kept] = (
+                        source.unflatten(0, (heads, have[row]))[:, :kept])
+                    at += heads * n
+            else:
+                new, at = old.new_zeros(len(rows), heads, max(pages, default=0)), 0
+                for row, n in enumerate(pages):
+                    ids = torch.arange(at, at + heads * n, dtype=old.dtype, device=old.device)
+                    new[row, :, :n] = ids.view(heads, n)
+                    at += heads * n
+            self.planes[i] = new
+        self.pages[side, tier] = list(pages)

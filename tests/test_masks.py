@@ -177,7 +177,7 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], str, str, str]] = {
         lambda t, i, p, m: additive(tril(i), -100.0), "add", "masked_fill",
         "adds -100 for query 0 of 5 and token 1: a bias, not a mask"),
     "learned": (
-        lambda t, i, p, m: additive(tril(i)) + t.weight[:1], "add", "weight",
+        lambda t, i, p, m: additive(tril(i)) + t.weight[:1], "add", "add",
         "depends on the weight 'weight'"),
     "some ids": (
         lambda t, i, p, m: tril(i) & (i[:, None, None] != 0), "see", "__and__",
