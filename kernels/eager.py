@@ -71,18 +71,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor,
 
     def rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if parsed.exact or parsed == Store.parse(f"store(window={window - 1})"):
-            return causal(q, k, v, scale, window, softcap, sinks)
+            return _tokens_first(causal(q, k, v, scale, window, softcap, sinks))
         each = [_one_by_one(parsed, *x, scale, window, softcap, sinks)
                 for x in zip(q, k, v, strict=True)]
-        return torch.stack(each)
+        return _tokens_first(torch.stack(each))
 
     if bool(valid.all()):
         return rows(q, k, v)
-    out = q.new_zeros(*q.shape[:-1], v.shape[-1])
+    batch, heads, tokens, _ = q.shape
+    out = q.new_zeros(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
     for b, keep in enumerate(valid):
         if bool(keep.any()):
             out[b][:, keep] = rows(*(x[b : b + 1, :, keep] for x in (q, k, v)))[0]
     return out
+
+
+def _tokens_first(x: Tensor) -> Tensor:
+    """x [B, H, S, D] laid out as [B, S, H, D], which is what comes out of torch's SDPA."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _one_by_one(store: Store, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int,

@@ -61,7 +61,8 @@ OPS = (ATTENTION, ROPE, APPEND, ATTEND)
 
 @torch.library.register_fake("kvc::attention", lib=LIB)
 def _(q, k, v, positions, valid, sinks, *, scale, window=0, softcap=0.0, store="store", layer=0):  # type: ignore[no-untyped-def]
-    return q.new_empty(*q.shape[:-1], v.shape[-1])
+    batch, heads, tokens, _ = q.shape  # in memory the heads of a token lie together
+    return q.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
 
 
 @torch.library.register_fake("kvc::rope", lib=LIB)

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvcompile.cache import KVCache
 from kvcompile.engine import Engine
-from kvcompile.errors import KVCompileError
+from kvcompile.errors import KVCompileError, UnsupportedModelError
 from kvcompile.own_cache import OwnCache
 from kvcompile.program import Program, capture
 from kvcompile.recipe import Recipe
@@ -41,6 +41,9 @@ def optimize(model: PreTrainedModel, recipe: str | Recipe = "minicache+kivi", *,
     if isinstance(model, Optimized):
         model.kvcompile.check_weights(model)
         base, program = model.kvcompile.model, model.kvcompile.program.lower(recipe)
+    elif not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model: it has "
+                                    "no generate(); kvcompile.capture takes any PyTorch decoder")
     else:
         base, program = model, capture(model, recipe)
         self_check(base, program)

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import TextIO
 
 import torch
+from torch import nn
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
 from kvcompile.capture import export
+from kvcompile.capture_module import export_module
 from kvcompile.errors import KVCompileError, nearest
 from kvcompile.ir import argument, attention_nodes
 from kvcompile.plan import plan
@@ -101,16 +103,16 @@ class Program:
         return out
 
 
-def capture(model: PreTrainedModel, recipe: str | Recipe = "full",
+def capture(model: nn.Module, recipe: str | Recipe = "full",
             watch: Callable | None = None) -> Program:
-    """Capture a causal LM and run the passes of `recipe` over its graph.
+    """Capture a causal LM, of transformers or plain PyTorch, and run the passes of `recipe`.
 
     The model is left exactly as it was and shares its parameters with the graph. Raises
     UnsupportedModelError for what cannot be captured, RecipeError for a bad recipe.
     """
     start = time.perf_counter()
     recipe = Recipe.parse(recipe)
-    gm = export(model)
+    gm = export(model) if isinstance(model, PreTrainedModel) else export_module(model)
     program = Program(type(model).__name__, gm, recipe, snapshots={"capture": gm},
                       seconds={"capture": time.perf_counter() - start})
     return program.lower(recipe, watch)
