@@ -9,6 +9,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from torch import nn
 from transformers import PreTrainedModel
 
 from kvcompile.baseline import Uncompressed, uncompressed
@@ -23,7 +24,7 @@ from kvcompile.show import WIDTH, as_text
 TOKENS = 4096  # the length for which str() gives bytes
 
 
-def explain(model: PreTrainedModel, recipe: str | Recipe | None = None) -> "Report":
+def explain(model: nn.Module, recipe: str | Recipe | None = None) -> "Report":
     """What `recipe` makes of a model: which passes change which layers, storage, bytes, kernels.
 
     A plain model is captured (recipe: `full` unless given); optimize() may still refuse it, since
@@ -31,7 +32,8 @@ def explain(model: PreTrainedModel, recipe: str | Recipe | None = None) -> "Repo
     from the same capture.
     """
     if not isinstance(model, Optimized):
-        return Report(capture(model, recipe or "full"), uncompressed(model))
+        theirs = uncompressed(model) if isinstance(model, PreTrainedModel) else ()
+        return Report(capture(model, recipe or "full"), theirs)
     state = model.kvcompile
     program = state.program if recipe is None else state.program.lower(recipe)
     return Report(program, uncompressed(state.model), state.max_length)
@@ -43,13 +45,14 @@ class Report:
     def __init__(self, program: Program, baseline: Sequence[Uncompressed],
                  max_length: int | None = None) -> None:
         self.program, self.max_length, self.sites = program, max_length, program.sites
-        self.baseline = tuple(baseline)
+        self.baseline = tuple(baseline) or tuple(
+            Uncompressed(site.exact_bytes_per_token, site.window) for site in self.sites)
 
     @cached_property
     def rows(self) -> list[Row]:
         """What became of every layer, one row per layer and pass, layer by layer."""
         sizes: list[float] = [layer.bytes_per_token for layer in self.baseline]
-        if len(sizes) != len(self.sites):  # the model caches nothing, or shares among layers
+        if len(sizes) != len(self.sites):  # the model shares K and V among layers
             sizes = [site.exact_bytes_per_token for site in self.sites]
         return layer_rows(self.program, sizes)
 
@@ -63,7 +66,7 @@ class Report:
                    for s in self.sites)
 
     def baseline_kv_bytes(self, tokens: int, batch: int = 1) -> int:
-        """Bytes of K and V in Hugging Face's uncompressed cache after the same call."""
+        """Bytes of Hugging Face's own cache after the same call (of K and V for other models)."""
         _positive(tokens=tokens, batch=batch)
         return batch * sum(layer.nbytes(tokens) for layer in self.baseline)
 

@@ -20,7 +20,7 @@ from kvcompile.self_check import self_check
 log = logging.getLogger(__name__)
 
 
-def optimize(model: PreTrainedModel, recipe: str | Recipe = "minicache+kivi", *,
+def optimize(model: PreTrainedModel, recipe: str | Recipe = "kivi(bits=4)", *,
              max_length: int | None = None, compile: bool = True,
              prefill_chunk: int | None = None) -> PreTrainedModel:
     """A model of the same class family that shares `model`'s weights; K and V stored by `recipe`.
@@ -47,7 +47,7 @@ def optimize(model: PreTrainedModel, recipe: str | Recipe = "minicache+kivi", *,
     else:
         base, program = model, capture(model, recipe)
         self_check(base, program)
-    cls: Any = type(f"KVCompiled{type(base).__name__}", (Optimized, type(base)), {
+    cls: Any = type(type(base).__name__, (Optimized, type(base)), {  # pipelines know the name
         "__doc__": f"{type(base).__name__} with a KV cache compressed by kvcompile.",
         "__module__": __name__})
     out = cls.__new__(cls)

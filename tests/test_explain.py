@@ -11,6 +11,7 @@ from kvcompile.baseline import Uncompressed, cache_nbytes, uncompressed
 from kvcompile.engine import Engine
 from kvcompile.errors import CacheFullError, KVCompileError, RecipeError
 from kvcompile.explain import Report
+from kvcompile.models.decoder import Decoder
 from kvcompile.models.tiny import tiny
 from kvcompile.own_cache import OwnCache
 from kvcompile.recipe import Recipe
@@ -152,6 +153,13 @@ def test_json_holds_the_rows() -> None:
     assert len(told["rows"]) == len(report.rows)
     row = next(row for row in told["rows"] if row["pass"] == "quantize")
     assert (row["layer"], row["before"], row["after"]) == (0, 256, 28)
+
+
+def test_decoders_in_plain_pytorch_are_measured_against_their_k_and_v() -> None:
+    report = kvcompile.explain(Decoder.tiny(), "kivi(bits=4)")
+    bytes_each = [site.exact_bytes_per_token for site in report.sites]
+    assert report.baseline_kv_bytes(100, 3) == 300 * sum(bytes_each)
+    assert [row.before for row in report.rows if row.name == "quantize"] == bytes_each
 
 
 def test_storage_in_short() -> None:

@@ -26,16 +26,20 @@ def test_without_compression_it_is_the_models_own_likelihood(arch: str) -> None:
 
 
 def test_every_step_reads_what_the_recipe_stored() -> None:
-    """From a context of one token on, the steps are the stateless graph with lossy storage."""
-    model, ids = optimized("llama", "kivi(bits=2)"), prompt(150)
+    """From a context of one token on, the steps are the stateless graph with lossy storage.
+
+    Not to the last digit: rounding may tip a number at the edge between two codes into the other.
+    """
+    model, ids = optimized("llama", "fp8(format=e5m2)"), prompt(150)
     positions = torch.arange(150)[None]
     with torch.no_grad():
         logits = model.kvcompile.program.graph_module(
             ids, positions, torch.ones_like(ids, dtype=torch.bool), positions[0])
     got = forced_decodes([plain("llama"), model], ids, 1)
-    assert got[1].nll == pytest.approx(scored(logits, ids, 1), abs=1e-3)
-    same = [abs(a - b) < 1e-3 for a, b in zip(got[0].nll, got[1].nll, strict=True)]
-    assert all(same[:126]) and not all(same[127:])  # the first block of 128 keys is stored by then
+    exact, compressed = (torch.tensor(each.nll) for each in got)
+    want = torch.tensor(scored(logits, ids, 1))
+    assert ((compressed - want).abs() < 0.02).float().mean() > 0.9
+    assert ((compressed - exact).abs() < 0.02).float().mean() < 0.2
 
 
 def test_perplexity_and_median() -> None:
