@@ -1,4 +1,4 @@
-# make demo | test | lint | types | clean, each in .venv, which the first call creates and fills.
+# make demo | test | test-all | lint | types | clean, each in .venv, which the first call creates and fills.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,16 +9,17 @@ CXX := $(firstword $(foreach cxx,g++ clang++,$(if $(shell command -v $(cxx)),$(c
 endif
 export CXX
 
-.PHONY: demo test lint types compiler clean
+.PHONY: demo test test-all lint types compiler clean
 .NOTPARALLEL:
 
 # make demo RECIPE="kivi(bits=4)" ARGS="--json"
 demo: compiler $(INSTALLED)
 	$(BIN)/python -m kvcompile.cli run --model smollm2 --demo $(if $(RECIPE),--recipe "$(RECIPE)") $(ARGS)
 
-# make test ARGS="-m 'not slow'"
-test: compiler lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+# make test runs what is quick, make test-all also the tests that are marked slow
+test test-all: compiler lint types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
+		$(if $(filter test,$@),-m "not slow") $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
