@@ -17,8 +17,8 @@ from kvcompile.perplexity import Forced, forced_decodes
 from kvcompile.registry import module
 from kvcompile.show import as_text, progress
 
-PROMPT, NEW = 4000, 64  # tokens of the prompt, and generated after it
-CONTEXT, STEPS = 2048, 128  # tokens of the held-out text: prompt, and decoded one at a time
+PROMPT, NEW = 4000, 48  # tokens of the prompt, and generated after it
+CONTEXT, STEPS = 2048, 96  # tokens of the held-out text: prompt, and decoded one at a time
 PROMPT_AT, HELD_OUT = 12_000, 20_000  # where in the text they start
 
 
