@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from kvcompile.errors import RecipeError
+from kvcompile.format import Planes, Side, StepPlane
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CPP = {torch.bfloat16: "bf16", torch.float16: "half", torch.float32: "float"}
 
 
 @dataclass(frozen=True)
@@ -24,16 +26,17 @@ class Dense:
             raise RecipeError(f"dense(dtype={self.dtype}): dtype must be one of same, bf16, "
                               "fp16, fp32")
 
-    def planes(self, dim: int, dtype: torch.dtype) -> dict:
-        return {"data": (DTYPES.get(self.dtype, dtype), (dim,))}
+    def planes(self, dim: int, dtype: torch.dtype, side: Side) -> Planes:
+        return {"data": StepPlane(DTYPES.get(self.dtype, dtype), (dim,))}
 
-    def encode(self, x: Tensor) -> dict[str, Tensor]:
+    def encode(self, x: Tensor, side: Side) -> dict[str, Tensor]:
         return {"data": x.to(DTYPES.get(self.dtype, x.dtype))}
 
-    def decode(self, planes: dict[str, Tensor], dim: int, dtype: torch.dtype) -> Tensor:
+    def decode(self, planes: dict[str, Tensor], dim: int, dtype: torch.dtype,
+               side: Side) -> Tensor:
         return planes["data"].to(dtype)
 
-    def error_bound(self, planes: dict[str, Tensor], dim: int) -> Tensor:
+    def error_bound(self, planes: dict[str, Tensor], dim: int, side: Side) -> Tensor:
         x = planes["data"]
         if self.dtype == "same":
             return torch.zeros_like(x)
@@ -42,6 +45,10 @@ class Dense:
 
     def limit(self, dtype: torch.dtype) -> float:
         return torch.finfo(DTYPES.get(self.dtype, dtype)).max
+
+    def cpp(self, dim: int, dtype: torch.dtype, side: Side) -> str:
+        """The C++ type that reads the plane (`kernels/cpp/dense.h`)."""
+        return f"Dense{side.upper()}<{dim}, {CPP[DTYPES.get(self.dtype, dtype)]}>"
 
 
 FORMAT = Dense

@@ -101,7 +101,7 @@ def _one_by_one(store: Store, q: Tensor, k: Tensor, v: Tensor, scale: float, win
         body_ = x[:, store.sinks : store.sinks + end]
         coded[side] = x.clone()
         coded[side][:, store.sinks : store.sinks + end] = fmt.decode(
-            fmt.encode(body_), x.shape[-1], x.dtype)
+            fmt.encode(body_, side), x.shape[-1], x.dtype, side)
     out = []
     for i in range(n):
         kept = torch.tensor([*store.numbers(i), i], device=q.device)

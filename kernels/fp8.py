@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from kvcompile.errors import RecipeError
-
-KINDS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+from kvcompile.kernels.coded import Coded
+from kvcompile.kernels.values import FLOATS, Float8
 
 
 @dataclass(frozen=True)
-class Fp8:
+class Fp8(Coded):
     """x -> code * 2**exponent; the exponent, an int8 per token, puts the largest |x| in range.
 
     The scale is a power of two (as OCP MX's E8M0), so that scaling itself is exact.
@@ -20,39 +20,33 @@ class Fp8:
 
     kind: str = "e4m3"
     name: ClassVar[str] = "fp8"
-    step: ClassVar[int] = 1
+    axis: ClassVar[str] = "token"
+    scale_dtype: ClassVar[torch.dtype] = torch.int8
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise RecipeError(f"fp8(kind={self.kind}): kind must be one of {', '.join(KINDS)}")
+        if self.kind not in FLOATS:
+            raise RecipeError(f"fp8(kind={self.kind}): kind must be one of {', '.join(FLOATS)}")
 
-    def planes(self, dim: int, dtype: torch.dtype) -> dict:
-        return {"codes": (torch.uint8, (dim,)), "exponent": (torch.int8, (1,))}
+    @property
+    def values(self) -> Float8:
+        return Float8(self.kind)
 
-    def encode(self, x: Tensor) -> dict[str, Tensor]:
-        x = x.float()
-        most = torch.finfo(KINDS[self.kind]).max
+    def _group(self, dim: int) -> int:
+        return dim
+
+    def scale(self, stored: Tensor) -> Tensor:
+        return torch.ldexp(torch.ones_like(stored, dtype=torch.float32), stored.int())
+
+    def fit(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        most = torch.finfo(FLOATS[self.kind]).max
         peak = x.abs().amax(-1, keepdim=True)
         exponent = torch.frexp(peak / most)[1]  # peak / most < 2**exponent
         exact = torch.ldexp(torch.full_like(peak, most), exponent - 1) >= peak
         exponent = torch.where(exact, exponent - 1, exponent).clamp(-100, 120)
-        exponent = torch.where(peak == 0, 0, exponent)
-        codes = torch.ldexp(x, -exponent).clamp(-most, most).to(KINDS[self.kind])
-        return {"codes": codes.view(torch.uint8), "exponent": exponent.to(torch.int8)}
-
-    def _floats(self, planes: dict[str, Tensor]) -> Tensor:
-        return planes["codes"].view(KINDS[self.kind]).float()
-
-    def decode(self, planes: dict[str, Tensor], dim: int, dtype: torch.dtype) -> Tensor:
-        return torch.ldexp(self._floats(planes), planes["exponent"].int()).to(dtype)
-
-    def error_bound(self, planes: dict[str, Tensor], dim: int) -> Tensor:
-        info = torch.finfo(KINDS[self.kind])
-        half = self._floats(planes).abs() * info.eps / 2 + info.smallest_normal * info.eps / 2
-        return torch.ldexp(half, planes["exponent"].int())
+        return torch.where(peak == 0, 0, exponent).to(torch.int8), None
 
     def limit(self, dtype: torch.dtype) -> float:
-        return torch.finfo(KINDS[self.kind]).max * 2.0**100
+        return torch.finfo(FLOATS[self.kind]).max * 2.0**100
 
 
 FORMAT = Fp8

@@ -3,21 +3,22 @@
 import torch
 from torch import Tensor
 
-from kvcompile.format import PAGE, Format
-from kvcompile.store import Span, Store
+from kvcompile.format import PAGE, Format, Side
+from kvcompile.store import SIDES, Span, Store
 
 
 class Tier:
-    """One tier's planes: `table` [B, H, pages] and the format's pools [pages, steps, *shape]."""
+    """One tier's planes: `table` [B, H, pages] and the format's pools [pages, *page shape]."""
 
-    def __init__(self, store: Store, side: str, tier: str, named: dict[str, Tensor],
+    def __init__(self, store: Store, side: Side, tier: str, named: dict[str, Tensor],
                  dim: int, dtype: torch.dtype) -> None:
         self.format: Format = store.format(side, tier)
         self.ring = store.ring(side, tier)
-        self.dim, self.dtype = dim, dtype
+        self.dim, self.dtype, self.side = dim, dtype, side
         prefix = f"{side}.{tier}."
         self.table = named[prefix + "table"]
-        self.pools = {name: named[prefix + name] for name in self.format.planes(dim, dtype)}
+        self.specs = self.format.planes(dim, dtype, side)
+        self.pools = {name: named[prefix + name] for name in self.specs}
 
     def read(self, row: int, heads: slice, span: Span) -> Tensor:
         """The tokens numbered [start, end): [heads, end - start, dim], decoded."""
@@ -47,8 +48,8 @@ class Tier:
                 own = pool[first : first + h * apart].unflatten(0, (h, apart))[:, :p]
             else:
                 own = pool.index_select(0, flat).unflatten(0, (h, p))
-            planes[name] = own.flatten(1, 2)
-        return self.format.decode(planes, self.dim, self.dtype)
+            planes[name] = self.specs[name].steps(own).flatten(1, 3)
+        return self.format.decode(planes, self.dim, self.dtype, self.side)
 
     def write(self, row: int, heads: slice, start: int, x: Tensor) -> None:
         """Encode x [heads, n, dim] as the tokens numbered start, start + 1, ...; whole steps."""
@@ -57,29 +58,35 @@ class Tier:
         if count == 0:
             return
         table, per_page = self.table[row, heads], PAGE // step
-        encoded = self.format.encode(x)
+        encoded = self.format.encode(x, self.side)
         if count == 1:  # a decode step: one place per head
             at = first if self.ring is None else first % (self.ring // step)
             page = table[:, at // per_page]
             for name, pool in self.pools.items():
-                pool[:, at % per_page].index_copy_(0, page.long(), encoded[name][:, 0])
+                steps, lanes = self._steps(name, pool)
+                place = divmod(at % per_page, lanes)
+                steps[:, place[0], place[1]].index_copy_(0, page.long(), encoded[name][:, 0])
             return
         steps = torch.arange(first, first + count, device=x.device)
         if self.ring is not None:
             steps = steps % (self.ring // step)
-        place = table.long().index_select(1, steps // per_page) * per_page + steps % per_page
+        page, at = table.long().index_select(1, steps // per_page), steps % per_page
         for name, pool in self.pools.items():
-            pool.view(-1, *pool.shape[2:]).index_copy_(
-                0, place.reshape(-1), encoded[name].flatten(0, 1))
+            view, lanes = self._steps(name, pool)
+            view.index_put_((page, at // lanes, at % lanes), encoded[name])
+
+    def _steps(self, name: str, pool: Tensor) -> tuple[Tensor, int]:
+        """The pool as [pages, steps / lanes, lanes, *shape], and lanes."""
+        return self.specs[name].steps(pool), self.specs[name].lanes
 
 
-def tiers(store: Store, side: str, named: dict[str, Tensor], dim: int,
+def tiers(store: Store, side: Side, named: dict[str, Tensor], dim: int,
           dtype: torch.dtype) -> dict[str, Tier]:
     """tier name -> Tier, for K or for V."""
     return {t: Tier(store, side, t, named, dim, dtype) for t in store.tiers(side)}
 
 
-def stored(store: Store, side: str, tier: dict[str, Tier], row: int, heads: slice,
+def stored(store: Store, side: Side, tier: dict[str, Tier], row: int, heads: slice,
            count: int) -> Tensor:
     """All kept tokens of a row, oldest first: [heads, store.stored(count), dim]."""
     spans = store.spans(side, count)
@@ -87,7 +94,7 @@ def stored(store: Store, side: str, tier: dict[str, Tier], row: int, heads: slic
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def add(store: Store, side: str, tier: dict[str, Tier], row: int, heads: slice, count: int,
+def add(store: Store, side: Side, tier: dict[str, Tier], row: int, heads: slice, count: int,
         x: Tensor) -> None:
     """Store x [heads, n, dim] after the `count` tokens that a row already has."""
     before, after = store.spans(side, count), store.spans(side, count + x.shape[1])
@@ -119,7 +126,7 @@ def crop(store: Store, dims: tuple[int, int], dtype: torch.dtype, planes: list[T
     specs = store.planes(dims, dtype)
     named = {spec.name: plane for spec, plane in zip(specs, planes, strict=True)}
     heads = slice(0, named["count"].shape[1])
-    for side, dim in zip(("k", "v"), dims, strict=True):
+    for side, dim in zip(SIDES, dims, strict=True):
         own = tiers(store, side, named, dim, dtype)
         if "recent" not in own:
             continue

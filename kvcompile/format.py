@@ -8,7 +8,7 @@ per step; the cache keeps `PAGE // step` steps in a page.
 from dataclasses import fields
 from functools import cache
 from math import prod
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,7 +19,37 @@ from kvcompile.registry import plugins
 
 PAGE = 128  # tokens in a page; every step divides it
 
-Planes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+Side = Literal["k", "v"]
+
+
+class StepPlane(NamedTuple):
+    """One tensor of a format: what a step takes of it, and how a page arranges its steps.
+
+    In a page `lanes` neighbouring steps lie interleaved in front of axis `at` of `shape`, so that
+    a kernel reads the same number of that many steps at once.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    lanes: int = 1
+    at: int = 0
+
+    def page(self, step: int) -> tuple[int, ...]:
+        """The shape of a page: (steps / lanes, *shape[:at], lanes, *shape[at:])."""
+        steps = PAGE // step
+        if self.lanes == 1:
+            return (steps, *self.shape)
+        return (steps // self.lanes, *self.shape[: self.at], self.lanes, *self.shape[self.at :])
+
+    def steps(self, pages: Tensor) -> Tensor:
+        """View pages [..., *page] as [..., steps / lanes, lanes, *shape]."""
+        first = -len(self.shape) - 1
+        if self.lanes == 1:
+            return pages.unsqueeze(first)
+        return pages.movedim(first + self.at, first)
+
+
+Planes = dict[str, StepPlane]
 
 
 @runtime_checkable
@@ -33,19 +63,24 @@ class Format(Protocol):
         """Tokens that are encoded together."""
         ...
 
-    def planes(self, dim: int, dtype: torch.dtype) -> Planes:
-        """name -> (dtype, shape) of one step of one head; raises RecipeError where `dim` fails."""
+    def planes(self, dim: int, dtype: torch.dtype, side: Side) -> Planes:
+        """name -> plane of one kv head; raises RecipeError where `dim` fails.
+
+        `side` is what is stored: K is read by dot products, several tokens abreast, V by weighted
+        sums, several channels abreast, and a format may lie in memory accordingly.
+        """
         ...
 
-    def encode(self, x: Tensor) -> dict[str, Tensor]:
+    def encode(self, x: Tensor, side: Side) -> dict[str, Tensor]:
         """x [..., n * step, dim] -> plane name -> [..., n, *shape]."""
         ...
 
-    def decode(self, planes: dict[str, Tensor], dim: int, dtype: torch.dtype) -> Tensor:
+    def decode(self, planes: dict[str, Tensor], dim: int, dtype: torch.dtype,
+               side: Side) -> Tensor:
         """Inverse of encode: [..., n * step, dim] in `dtype`."""
         ...
 
-    def error_bound(self, planes: dict[str, Tensor], dim: int) -> Tensor:
+    def error_bound(self, planes: dict[str, Tensor], dim: int, side: Side) -> Tensor:
         """[..., n * step, dim]: |decode(encode(x)) - x| <= bound, before rounding to `dtype`."""
         ...
 
@@ -54,14 +89,15 @@ class Format(Protocol):
         ...
 
 
-def step_bytes(fmt: Format, dim: int, dtype: torch.dtype) -> int:
+def step_bytes(fmt: Format, dim: int, dtype: torch.dtype, side: Side) -> int:
     """Bytes that one step of one kv head takes."""
-    return sum(prod(shape) * dt.itemsize for dt, shape in fmt.planes(dim, dtype).values())
+    planes = fmt.planes(dim, dtype, side).values()
+    return sum(prod(p.shape) * p.dtype.itemsize for p in planes)
 
 
-def bits_per_element(fmt: Format, dim: int, dtype: torch.dtype) -> float:
+def bits_per_element(fmt: Format, dim: int, dtype: torch.dtype, side: Side) -> float:
     """Bits that one stored number takes, scales included."""
-    return 8 * step_bytes(fmt, dim, dtype) / (fmt.step * dim)
+    return 8 * step_bytes(fmt, dim, dtype, side) / (fmt.step * dim)
 
 
 @cache

@@ -68,7 +68,7 @@ def bytes_per_token(site: Site) -> float:
     for side, dim in zip(SIDES, site.dims, strict=True):
         tier = "body" if "body" in site.store.tiers(side) else "recent"
         fmt = site.store.format(side, tier)
-        total += site.heads * step_bytes(fmt, dim, site.dtype) / fmt.step
+        total += site.heads * step_bytes(fmt, dim, site.dtype, side) / fmt.step
     return total
 
 

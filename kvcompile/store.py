@@ -21,11 +21,11 @@ from typing import NamedTuple
 import torch
 
 from kvcompile.errors import RecipeError
-from kvcompile.format import PAGE, Format, format_of, term_of
+from kvcompile.format import PAGE, Format, Side as SideName, format_of, step_bytes, term_of
 from kvcompile.recipe import Term, parse_term
 
 DENSE = Term("dense")
-SIDES = ("k", "v")
+SIDES: tuple[SideName, ...] = ("k", "v")
 
 
 class Span(NamedTuple):
@@ -193,9 +193,9 @@ class Store:
             for tier in self.tiers(name):
                 fmt = self.format(name, tier)
                 planes.append(Plane(f"{name}.{tier}.table", torch.int32, ()))
-                for plane, (dt, shape) in fmt.planes(dim, dtype).items():
-                    pool = (PAGE // fmt.step, *shape)
-                    planes.append(Plane(f"{name}.{tier}.{plane}", dt, pool))
+                for plane, spec in fmt.planes(dim, dtype, name).items():
+                    planes.append(
+                        Plane(f"{name}.{tier}.{plane}", spec.dtype, spec.page(fmt.step)))
         return tuple(planes)
 
     def nbytes(self, dims: tuple[int, int], dtype: torch.dtype, heads: int, counts: list[int],
@@ -209,8 +209,7 @@ class Store:
         for name, dim in zip(SIDES, dims, strict=True):
             for tier in self.tiers(name):
                 fmt = self.format(name, tier)
-                per_step = sum(dt.itemsize * torch.Size(shape).numel()
-                               for dt, shape in fmt.planes(dim, dtype).values())
+                per_step = step_bytes(fmt, dim, dtype, name)
                 pages = [self.pages(name, tier, n) for n in most]
                 total += heads * sum(pages) * (PAGE // fmt.step) * per_step
                 total += 4 * heads * len(counts) * max(pages, default=0)

@@ -40,7 +40,7 @@ class Quantize:
                 value = argument(node, side).meta["val"]
                 fmt = store.side(side).format
                 try:
-                    bits = bits_per_element(fmt, int(value.shape[-1]), value.dtype)
+                    bits = bits_per_element(fmt, int(value.shape[-1]), value.dtype, side)
                 except RecipeError as error:
                     origin = plan[index].origin[f"format.{side}"]
                     raise RecipeError(f"{origin.name}: layer {index}: {error}") from error

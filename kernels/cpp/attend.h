@@ -1,0 +1,223 @@
+// Attention of one query per row over a store's tiers and over the query's own token.
+//
+// A work unit is a block of 128 token numbers of one (row, kv head): all units are split evenly
+// over the threads, so that few heads use all cores; a thread's results for a head are partial
+// softmaxes, merged by their log-sum-exps.
+#include <algorithm>
+#include <omp.h>
+#include <type_traits>
+#include <vector>
+namespace kvc {
+
+struct Tier {  // planes of one tier; table [rows, heads, pages]
+    const int32_t* table;
+    long pages;
+    const void* plane[4];
+};
+
+struct None {};
+
+// The closed form of the count (kvcompile/store.py): which numbers are in which tier.
+template <class C> struct Span {
+    long count, queued, first, end_k, end_v, low;
+
+    explicit Span(long n) : count(n) {
+        queued = std::max(0L, n - C::SINKS);
+        first = C::WINDOW ? std::max(0L, n - C::SINKS - C::WINDOW) / C::GRAIN * C::GRAIN : 0;
+        end_k = std::max(0L, queued - C::K_LAG) / C::K_BLOCK * C::K_BLOCK;
+        end_v = std::max(0L, queued - C::V_LAG) / C::V_BLOCK * C::V_BLOCK;
+        low = C::SEEN ? std::max(0L, n - C::SEEN + 1) : 0;   // the oldest number that is seen
+        first = std::max(first, low - C::SINKS);
+    }
+    long sink_blocks() const { return C::SINKS && low < C::SINKS ? (std::min<long>(count, C::SINKS) + PAGE - 1) / PAGE : 0; }
+    long blocks() const { return first < queued ? (queued + PAGE - 1) / PAGE - first / PAGE : 0; }
+};
+
+template <class C> struct State {  // of one head's queries: o is not yet divided by l
+    float m[C::G], l[C::G];
+    alignas(64) float o[C::G][C::DV];
+    void clear() {
+        for (int g = 0; g < C::G; g++) m[g] = -INFINITY, l[g] = 0.0f;
+        std::memset(o, 0, sizeof(o));
+    }
+};
+
+template <class Reader, int R>
+inline void read_logits(const Tier& tier, long page, const float* const* q, int from, int to, float (*out)[PAGE]) {
+    Reader reader(tier.plane, page);
+    if (from % 16 == 0) {
+        reader.template logits<R>(q, from / 16, (to + 15) / 16, out);
+        return;
+    }
+    alignas(64) float some[R][PAGE];
+    reader.template logits<R>(q, from / 16, (to + 15) / 16, some);
+    for (int r = 0; r < R; r++) std::memcpy(out[r] + from, some[r] + from, (to - from) * sizeof(float));
+}
+
+template <class Reader, int R, int D>
+inline void add_values(const Tier& tier, long page, const float (*p)[PAGE], int from, int to, bool whole, float (*o)[D]) {
+    Reader reader(tier.plane, page);
+    if (whole) {
+        reader.template add<R>(p, from / 16, (to + 15) / 16, o);
+        return;
+    }
+    alignas(64) float some[R][PAGE] = {};
+    for (int r = 0; r < R; r++) std::memcpy(some[r] + from, p[r] + from, (to - from) * sizeof(float));
+    reader.template add<R>(some, from / 16, (to + 15) / 16, o);
+}
+
+// Softmax weights of the logits x[.. [from, to)] and the state's move to the new maximum.
+template <class C, int R>
+inline void weigh(float (*x)[PAGE], int from, int to, State<C>& s, int row) {
+    int low = from / 16 * 16, high = (to + 15) / 16 * 16;
+    for (int r = 0; r < R; r++) {
+        for (int t = low; t < from; t++) x[r][t] = -INFINITY;
+        for (int t = to; t < high; t++) x[r][t] = -INFINITY;
+        if (C::SOFTCAP != 0.0f)
+            for (int t = from; t < to; t++) x[r][t] = C::SOFTCAP * std::tanh(x[r][t] / C::SOFTCAP);
+        vf most = set(s.m[row + r]);
+        for (int t = low; t < high; t += 16) most = max(most, load(x[r] + t));
+        float m = peak(most), kept = std::exp(s.m[row + r] - m);
+        vf total = set(0.0f), at = set(m);
+        for (int t = low; t < high; t += 16) {
+            vf p = exp(load(x[r] + t) - at);
+            store(x[r] + t, p);
+            total = total + p;
+        }
+        s.l[row + r] = s.l[row + r] * kept + sum(total);
+        s.m[row + r] = m;
+        if (kept != 1.0f)
+            for (int d = 0; d < C::DV; d += 16) store(s.o[row + r] + d, load(s.o[row + r] + d) * set(kept));
+    }
+}
+
+template <class C, int R, int ROW>
+inline void rows(const typename C::Tiers& tiers, const Span<C>& at, long place, long block, bool sinks,
+                 const float (*query)[C::DK], State<C>& s) {
+    alignas(64) float x[R][PAGE];
+    const float* q[R];
+    for (int r = 0; r < R; r++) q[r] = query[ROW + r];
+    auto id = [&](const Tier& tier, long ring) { return (long)tier.table[place * tier.pages + (ring ? block % ring : block)]; };
+    long base = block * PAGE;
+    if (sinks) {
+        if constexpr (C::SINKS > 0) {
+            int from = (int)(std::max(at.low, base) - base), to = (int)(std::min({at.count, (long)C::SINKS, base + PAGE}) - base);
+            if (from >= to) return;
+            read_logits<typename C::KSinks, R>(tiers.k_sinks, id(tiers.k_sinks, 0), q, from / 16 * 16, to, x);
+            weigh<C, R>(x, from, to, s, ROW);
+            add_values<typename C::VSinks, R>(tiers.v_sinks, id(tiers.v_sinks, 0), x, from, to, true, s.o + ROW);
+        }
+        return;
+    }
+    int from = (int)(std::max(at.first, base) - base), to = (int)(std::min(at.queued, base + PAGE) - base);
+    int k = (int)std::min<long>(std::max<long>(at.end_k - base, from), to);
+    int v = (int)std::min<long>(std::max<long>(at.end_v - base, from), to);
+    if constexpr (!std::is_same_v<typename C::KBody, None>)
+        if (from < k) read_logits<typename C::KBody, R>(tiers.k_body, id(tiers.k_body, C::K_BODY_RING), q, from / 16 * 16, k, x);
+    if constexpr (!std::is_same_v<typename C::KRecent, None>)
+        if (k < to) read_logits<typename C::KRecent, R>(tiers.k_recent, id(tiers.k_recent, C::K_RECENT_RING), q, k == from ? from / 16 * 16 : k, to, x);
+    weigh<C, R>(x, from, to, s, ROW);
+    bool cut = v % 16 != 0 && from < v && v < to;
+    if constexpr (!std::is_same_v<typename C::VBody, None>)
+        if (from < v) add_values<typename C::VBody, R>(tiers.v_body, id(tiers.v_body, C::V_BODY_RING), x, from, v, !cut, s.o + ROW);
+    if constexpr (!std::is_same_v<typename C::VRecent, None>)
+        if (v < to) add_values<typename C::VRecent, R>(tiers.v_recent, id(tiers.v_recent, C::V_RECENT_RING), x, v, to, !cut, s.o + ROW);
+}
+
+// At most 8 queries share a decoded vector: more would spill registers.
+template <class C, int ROW = 0>
+inline void block_of(const typename C::Tiers& tiers, const Span<C>& at, long place, long block, bool sinks,
+                     const float (*query)[C::DK], State<C>& s) {
+    if constexpr (ROW < C::G) {
+        constexpr int chunks = (C::G + 7) / 8, most = (C::G + chunks - 1) / chunks;
+        constexpr int r = C::G - ROW < most ? C::G - ROW : most;
+        rows<C, r, ROW>(tiers, at, place, block, sinks, query, s);
+        block_of<C, ROW + r>(tiers, at, place, block, sinks, query, s);
+    }
+}
+
+template <class C, class T, class Q, class K, class V, class Out>
+void attend(const typename C::Tiers& tiers, const int32_t* count, const bool* valid, const float* sinks, long batch,
+            Q q_at, K k_at, V v_at, Out out_at) {
+    const long places = batch * C::H;
+    long total = 0;
+    for (long i = 0; i < places; i++) {
+        Span<C> at(count[i]);
+        if (valid[i / C::H]) total += at.sink_blocks() + at.blocks();
+    }
+    const int threads = (int)std::max(1L, std::min((long)C::THREADS, total / 2));
+    static thread_local std::vector<State<C>> scratch;
+    scratch.resize(places * threads);
+    State<C>* partial = scratch.data();
+    auto read_query = [&](long i, float (*query)[C::DK]) {
+        for (int g = 0; g < C::G; g++) {
+            const T* q = q_at(i / C::H, i % C::H * C::G + g);
+            for (int d = 0; d < C::DK; d++) query[g][d] = read(q + d) * C::SCALE;
+        }
+    };
+    auto work = [&](int thread) {
+        long from = total * thread / threads, to = total * (thread + 1) / threads, unit = 0;
+        for (long i = 0; i < places; i++) {
+            State<C>& s = partial[i * threads + thread];
+            Span<C> at(count[i]);
+            long sink = at.sink_blocks(), own = valid[i / C::H] ? sink + at.blocks() : 0;
+            long start = std::max(from, unit) - unit, end = std::min(to, unit + own) - unit;
+            unit += own;
+            if (start >= end) {
+                for (int g = 0; g < C::G; g++) s.m[g] = -INFINITY;
+                continue;
+            }
+            s.clear();
+            alignas(64) float query[C::G][C::DK];
+            read_query(i, query);
+            for (long b = start; b < end; b++)
+                block_of<C>(tiers, at, i, b < sink ? b : at.first / PAGE + b - sink, b < sink, query, s);
+        }
+    };
+    auto merge = [&](long i) {
+        for (int g = 0; g < C::G; g++) {
+            T* out = out_at(i / C::H, i % C::H * C::G + g);
+            if (!valid[i / C::H]) {
+                for (int d = 0; d < C::DV; d++) write(out + d, 0.0f);
+                continue;
+            }
+            const T *q = q_at(i / C::H, i % C::H * C::G + g), *k = k_at(i / C::H, i % C::H), *v = v_at(i / C::H, i % C::H);
+            float own = 0.0f;
+            for (int d = 0; d < C::DK; d++) own += read(q + d) * C::SCALE * read(k + d);
+            if (C::SOFTCAP != 0.0f) own = C::SOFTCAP * std::tanh(own / C::SOFTCAP);
+            float sink = C::HAS_SINKS ? sinks[i % C::H * C::G + g] : -INFINITY;
+            float m = std::max(own, sink);
+            for (int t = 0; t < threads; t++) m = std::max(m, partial[i * threads + t].m[g]);
+            alignas(64) float o[C::DV];
+            float weight = std::exp(own - m), l = weight + std::exp(sink - m);
+            for (int d = 0; d < C::DV; d++) o[d] = weight * read(v + d);
+            for (int t = 0; t < threads; t++) {
+                const State<C>& s = partial[i * threads + t];
+                if (s.m[g] == -INFINITY) continue;
+                float share = std::exp(s.m[g] - m);
+                l += share * s.l[g];
+                for (int d = 0; d < C::DV; d++) o[d] += share * s.o[g][d];
+            }
+            for (int d = 0; d < C::DV; d++) write(out + d, o[d] / l);
+        }
+    };
+    if (threads == 1) {
+        work(0);
+        for (long i = 0; i < places; i++) merge(i);
+        return;
+    }
+#pragma omp parallel num_threads(threads)
+    {
+        if (omp_get_num_threads() == threads) {
+            work(omp_get_thread_num());
+        } else {
+#pragma omp for
+            for (int t = 0; t < threads; t++) work(t);
+        }
+#pragma omp barrier
+#pragma omp for
+        for (long i = 0; i < places; i++) merge(i);
+    }
+}
+
+}  // namespace kvc

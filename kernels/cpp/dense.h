@@ -1,0 +1,53 @@
+// Readers of pages of plain numbers [128 tokens, D].
+namespace kvc {
+
+template <int D, class T> struct DenseK {
+    static constexpr int planes = 1;
+    const T* data;
+    DenseK(const void* const* plane, long page) : data((const T*)plane[0] + page * (PAGE * D)) {}
+
+    template <int R> void logits(const float* const* q, int first, int last, float (*out)[PAGE]) const {
+        for (int group = first; group < last; group++) {
+            vf part[R][16];
+            for (int t = 0; t < 16; t++) {
+                const T* k = data + (group * 16 + t) * D;
+                vf acc[R];
+                for (int r = 0; r < R; r++) acc[r] = set(0.0f);
+                for (int d = 0; d < D; d += 16) {
+                    vf x = load(k + d);
+                    for (int r = 0; r < R; r++) acc[r] = fma(load(q[r] + d), x, acc[r]);
+                }
+                for (int r = 0; r < R; r++) part[r][t] = acc[r];
+            }
+            for (int r = 0; r < R; r++) store(out[r] + group * 16, sums(part[r]));
+        }
+    }
+};
+
+template <int D, class T> struct DenseV {
+    static constexpr int planes = 1;
+    const T* data;
+    DenseV(const void* const* plane, long page) : data((const T*)plane[0] + page * (PAGE * D)) {}
+
+    template <int R, int N> void part(const float (*p)[PAGE], int first, int last, int from, float (*o)[D]) const {
+        vf acc[N][R];
+        for (int i = 0; i < N; i++) for (int r = 0; r < R; r++) acc[i][r] = load(o[r] + from + i * 16);
+        for (int t = first; t < last; t++) {
+            const T* v = data + t * D + from;
+            for (int i = 0; i < N; i++) {
+                vf x = load(v + i * 16);
+                for (int r = 0; r < R; r++) acc[i][r] = fma(set(p[r][t]), x, acc[i][r]);
+            }
+        }
+        for (int i = 0; i < N; i++) for (int r = 0; r < R; r++) store(o[r] + from + i * 16, acc[i][r]);
+    }
+
+    template <int R> void add(const float (*p)[PAGE], int first, int last, float (*o)[D]) const {
+        constexpr int abreast = KVC_AVX512 ? (R <= 4 ? 4 : 2) : 1;
+        int from = 0;
+        for (; from + abreast * 16 <= D; from += abreast * 16) part<R, abreast>(p, first * 16, last * 16, from, o);
+        for (; from < D; from += 16) part<R, 1>(p, first * 16, last * 16, from, o);
+    }
+};
+
+}  // namespace kvc

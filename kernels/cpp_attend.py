@@ -1,0 +1,90 @@
+"""The C++ text of kvc.attend for one query per row, printed from a store's formats."""
+
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from kvcompile.errors import RecipeError
+from kvcompile.format import PAGE
+from kvcompile.kernels.dense import CPP
+from kvcompile.store import SIDES, Store
+
+HEADERS = ("vector.h", "coded.h", "dense.h", "attend.h")
+TIERS = ("sinks", "body", "recent")
+
+
+class Shape(NamedTuple):
+    """What a kernel is printed for, beside the store."""
+
+    heads: int                  # kv heads
+    queries: int                # query heads that share a kv head
+    dims: tuple[int, int]       # Dk, Dv
+    dtype: torch.dtype          # of q, k, v and the output
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+
+
+def unsupported(store: Store, shape: Shape) -> str | None:
+    """Why no kernel can be printed; None if one can."""
+    if shape.dtype not in CPP:
+        return f"no kernel for {str(shape.dtype).removeprefix('torch.')}"
+    for side, dim in zip(SIDES, shape.dims, strict=True):
+        if dim % 16 or dim > 512:
+            return f"head dimension {dim} is not a multiple of 16 up to 512"
+        for tier in store.tiers(side):
+            fmt = store.format(side, tier)
+            if not hasattr(fmt, "cpp"):
+                return f"format {fmt.name} has no C++ reader"
+    return None
+
+
+@cache
+def headers() -> str:
+    """What every kernel's text starts with."""
+    folder = Path(__file__).parent / "cpp"
+    return "\n".join((folder / name).read_text() for name in HEADERS)
+
+
+def config(store: Store, shape: Shape, threads: int) -> str:
+    """The struct that instantiates `kvc::attend`; raises RecipeError where there is no kernel."""
+    why = unsupported(store, shape)
+    if why:
+        raise RecipeError(f"{store}: {why}")
+    lines = [
+        f"static constexpr int H = {shape.heads}, G = {shape.queries}, DK = {shape.dims[0]}, "
+        f"DV = {shape.dims[1]}, THREADS = {threads};",
+        f"static constexpr long SINKS = {store.sinks}, WINDOW = {store.window}, "
+        f"GRAIN = {store.grain}, SEEN = {shape.window};",
+        f"static constexpr float SCALE = {shape.scale!r}f, SOFTCAP = {float(shape.softcap)!r}f;",
+        f"static constexpr bool HAS_SINKS = {str(shape.sinks).lower()};",
+    ]
+    members = []
+    for side, dim in zip(SIDES, shape.dims, strict=True):
+        how, up = store.side(side), side.upper()
+        lines.append(f"static constexpr long {up}_BLOCK = {how.block}, {up}_LAG = {how.lag};")
+        for tier in TIERS:
+            name = tier.capitalize()
+            if tier not in store.tiers(side):
+                lines.append(f"using {up}{name} = kvc::None;")
+                continue
+            reader = store.format(side, tier).cpp(dim, shape.dtype, side)  # type: ignore[attr-defined]
+            lines.append(f"using {up}{name} = kvc::{_qualified(reader)};")
+            members.append(f"{side}_{tier}")
+            if tier != "sinks":
+                ring = store.ring(side, tier)
+                lines.append(f"static constexpr long {up}_{tier.upper()}_RING = "
+                             f"{0 if ring is None else ring // PAGE};")
+    lines.append(f"struct Tiers {{ kvc::Tier {', '.join(members)}; }};")
+    return "struct Config {\n    " + "\n    ".join(lines) + "\n};"
+
+
+def _qualified(reader: str) -> str:
+    """The reader's C++ type with its names looked up in kvc."""
+    for name in ("Whole<", "Table<", "Float8<", "channel_axis", "token_axis", " half", " exponent",
+                 " bf16"):
+        reader = reader.replace(name, f" kvc::{name.strip()}")
+    return reader

@@ -1,0 +1,96 @@
+"""What a code means: the number that each 8-, 4- or 2-bit code stands for, before any scale."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+FLOATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Whole numbers: code - offset."""
+
+    bits: int
+    offset: int = 0
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return codes.float() - self.offset
+
+    def encode(self, x: Tensor) -> Tensor:
+        return (x.round() + self.offset).clamp(0, 2**self.bits - 1).to(torch.uint8)
+
+    def half_gap(self, codes: Tensor) -> Tensor:
+        """|x - decode(encode(x))| <= half_gap for every x within the range of the codes."""
+        return torch.full_like(codes, 0.5, dtype=torch.float32)
+
+    @property
+    def cpp(self) -> str:
+        return f"Whole<{self.bits}, {self.offset}>"
+
+
+@dataclass(frozen=True)
+class Float8:
+    """8-bit floats, e4m3 or e5m2."""
+
+    kind: str
+
+    @property
+    def bits(self) -> int:
+        return 8
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return codes.view(FLOATS[self.kind]).float()
+
+    def encode(self, x: Tensor) -> Tensor:
+        most = torch.finfo(FLOATS[self.kind]).max
+        return x.clamp(-most, most).to(FLOATS[self.kind]).view(torch.uint8)
+
+    def half_gap(self, codes: Tensor) -> Tensor:
+        info = torch.finfo(FLOATS[self.kind])
+        return self.decode(codes).abs() * info.eps / 2 + info.smallest_normal * info.eps / 2
+
+    @property
+    def cpp(self) -> str:
+        return f"Float8<{'4' if self.kind == 'e4m3' else '5'}>"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A codebook: `numbers`, ascending, 4 or 16 of them; the nearest one is taken."""
+
+    numbers: tuple[float, ...]
+
+    @cached_property
+    def bits(self) -> int:
+        return len(self.numbers).bit_length() - 1
+
+    def _tensor(self, like: Tensor) -> Tensor:
+        return torch.tensor(self.numbers, dtype=torch.float32, device=like.device)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return self._tensor(codes)[codes.long()]
+
+    def encode(self, x: Tensor) -> Tensor:
+        table = self._tensor(x)
+        return torch.bucketize(x.contiguous(), (table[1:] + table[:-1]) / 2).to(torch.uint8)
+
+    def half_gap(self, codes: Tensor) -> Tensor:
+        half = self._tensor(codes).diff() / 2
+        zero = half.new_zeros(1)
+        return torch.maximum(torch.cat([zero, half]), torch.cat([half, zero]))[codes.long()]
+
+    @property
+    def cpp(self) -> str:
+        numbers = (self.numbers * 16)[:16]  # a short table is repeated: higher bits do not matter
+        return "Table<" + f"{self.bits}, " + ", ".join(f"{float_bits(x)}u" for x in numbers) + ">"
+
+
+def float_bits(x: float) -> int:
+    """The bits of `x` as a 32-bit float."""
+    return int(torch.tensor(x, dtype=torch.float32).view(torch.int32)) & 0xFFFFFFFF
+
+
+Values = Whole | Float8 | Table
