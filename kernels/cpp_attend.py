@@ -60,7 +60,8 @@ def config(store: Store, shape: Shape, threads: int) -> str:
         f"static constexpr long SINKS = {store.sinks}, WINDOW = {store.window}, "
         f"GRAIN = {store.grain}, SEEN = {shape.window};",
         f"static constexpr float SCALE = {shape.scale!r}f, SOFTCAP = {float(shape.softcap)!r}f;",
-        f"static constexpr bool HAS_SINKS = {str(shape.sinks).lower()};",
+        f"static constexpr bool HAS_SINKS = {_bool(shape.sinks)}, "
+        f"ROUGH = {_bool(shape.dtype is not torch.float32)};",
     ]
     members = []
     for side, dim in zip(SIDES, shape.dims, strict=True):
@@ -80,6 +81,10 @@ def config(store: Store, shape: Shape, threads: int) -> str:
                              f"{0 if ring is None else ring // PAGE};")
     lines.append(f"struct Tiers {{ kvc::Tier {', '.join(members)}; }};")
     return "struct Config {\n    " + "\n    ".join(lines) + "\n};"
+
+
+def _bool(value: bool) -> str:
+    return "true" if value else "false"
 
 
 def _qualified(reader: str) -> str:

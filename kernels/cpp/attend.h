@@ -42,29 +42,34 @@ template <class C> struct State {  // of one head's queries: o is not yet divide
     }
 };
 
-template <class Reader, int R>
+template <class Reader, int R, bool ROUGH>
 inline void read_logits(const Tier& tier, long page, const float* const* q, int from, int to, float (*out)[PAGE]) {
     Reader reader(tier.plane, page);
     if (from % 16 == 0) {
-        reader.template logits<R>(q, from / 16, (to + 15) / 16, out);
+        reader.template logits<R, ROUGH>(q, from / 16, (to + 15) / 16, out);
         return;
     }
     alignas(64) float some[R][PAGE];
-    reader.template logits<R>(q, from / 16, (to + 15) / 16, some);
+    reader.template logits<R, ROUGH>(q, from / 16, (to + 15) / 16, some);
     for (int r = 0; r < R; r++) std::memcpy(out[r] + from, some[r] + from, (to - from) * sizeof(float));
 }
 
-template <class Reader, int R, int D>
+template <class Reader, int R, bool ROUGH, int D>
 inline void add_values(const Tier& tier, long page, const float (*p)[PAGE], int from, int to, bool whole, float (*o)[D]) {
     Reader reader(tier.plane, page);
     if (whole) {
-        reader.template add<R>(p, from / 16, (to + 15) / 16, o);
+        reader.template add<R, ROUGH>(p, from / 16, (to + 15) / 16, o);
         return;
     }
     alignas(64) float some[R][PAGE] = {};
     for (int r = 0; r < R; r++) std::memcpy(some[r] + from, p[r] + from, (to - from) * sizeof(float));
-    reader.template add<R>(some, from / 16, (to + 15) / 16, o);
+    reader.template add<R, ROUGH>(some, from / 16, (to + 15) / 16, o);
 }
+
+// Logits are in units of ln 2, so that weights are powers of two.
+constexpr float LOG2E = 1.44269504088896341f;
+template <class C> constexpr float SCALE = C::SOFTCAP != 0.0f ? C::SCALE : C::SCALE * LOG2E;
+template <class C> inline float capped(float x) { return C::SOFTCAP * std::tanh(x / C::SOFTCAP) * LOG2E; }
 
 // Softmax weights of the logits x[.. [from, to)] and the state's move to the new maximum.
 template <class C, int R>
@@ -74,13 +79,13 @@ inline void weigh(float (*x)[PAGE], int from, int to, State<C>& s, int row) {
         for (int t = low; t < from; t++) x[r][t] = -INFINITY;
         for (int t = to; t < high; t++) x[r][t] = -INFINITY;
         if (C::SOFTCAP != 0.0f)
-            for (int t = from; t < to; t++) x[r][t] = C::SOFTCAP * std::tanh(x[r][t] / C::SOFTCAP);
+            for (int t = from; t < to; t++) x[r][t] = capped<C>(x[r][t]);
         vf most = set(s.m[row + r]);
         for (int t = low; t < high; t += 16) most = max(most, load(x[r] + t));
-        float m = peak(most), kept = std::exp(s.m[row + r] - m);
+        float m = peak(most), kept = std::exp2(s.m[row + r] - m);
         vf total = set(0.0f), at = set(m);
         for (int t = low; t < high; t += 16) {
-            vf p = exp(load(x[r] + t) - at);
+            vf p = exp2<C::ROUGH>(load(x[r] + t) - at);
             store(x[r] + t, p);
             total = total + p;
         }
@@ -103,9 +108,9 @@ inline void rows(const typename C::Tiers& tiers, const Span<C>& at, long place, 
         if constexpr (C::SINKS > 0) {
             int from = (int)(std::max(at.low, base) - base), to = (int)(std::min({at.count, (long)C::SINKS, base + PAGE}) - base);
             if (from >= to) return;
-            read_logits<typename C::KSinks, R>(tiers.k_sinks, id(tiers.k_sinks, 0), q, from / 16 * 16, to, x);
+            read_logits<typename C::KSinks, R, C::ROUGH>(tiers.k_sinks, id(tiers.k_sinks, 0), q, from / 16 * 16, to, x);
             weigh<C, R>(x, from, to, s, ROW);
-            add_values<typename C::VSinks, R>(tiers.v_sinks, id(tiers.v_sinks, 0), x, from, to, true, s.o + ROW);
+            add_values<typename C::VSinks, R, C::ROUGH>(tiers.v_sinks, id(tiers.v_sinks, 0), x, from, to, true, s.o + ROW);
         }
         return;
     }
@@ -113,15 +118,15 @@ inline void rows(const typename C::Tiers& tiers, const Span<C>& at, long place, 
     int k = (int)std::min<long>(std::max<long>(at.end_k - base, from), to);
     int v = (int)std::min<long>(std::max<long>(at.end_v - base, from), to);
     if constexpr (!std::is_same_v<typename C::KBody, None>)
-        if (from < k) read_logits<typename C::KBody, R>(tiers.k_body, id(tiers.k_body, C::K_BODY_RING), q, from / 16 * 16, k, x);
+        if (from < k) read_logits<typename C::KBody, R, C::ROUGH>(tiers.k_body, id(tiers.k_body, C::K_BODY_RING), q, from / 16 * 16, k, x);
     if constexpr (!std::is_same_v<typename C::KRecent, None>)
-        if (k < to) read_logits<typename C::KRecent, R>(tiers.k_recent, id(tiers.k_recent, C::K_RECENT_RING), q, k == from ? from / 16 * 16 : k, to, x);
+        if (k < to) read_logits<typename C::KRecent, R, C::ROUGH>(tiers.k_recent, id(tiers.k_recent, C::K_RECENT_RING), q, k == from ? from / 16 * 16 : k, to, x);
     weigh<C, R>(x, from, to, s, ROW);
     bool cut = v % 16 != 0 && from < v && v < to;
     if constexpr (!std::is_same_v<typename C::VBody, None>)
-        if (from < v) add_values<typename C::VBody, R>(tiers.v_body, id(tiers.v_body, C::V_BODY_RING), x, from, v, !cut, s.o + ROW);
+        if (from < v) add_values<typename C::VBody, R, C::ROUGH>(tiers.v_body, id(tiers.v_body, C::V_BODY_RING), x, from, v, !cut, s.o + ROW);
     if constexpr (!std::is_same_v<typename C::VRecent, None>)
-        if (v < to) add_values<typename C::VRecent, R>(tiers.v_recent, id(tiers.v_recent, C::V_RECENT_RING), x, v, to, !cut, s.o + ROW);
+        if (v < to) add_values<typename C::VRecent, R, C::ROUGH>(tiers.v_recent, id(tiers.v_recent, C::V_RECENT_RING), x, v, to, !cut, s.o + ROW);
 }
 
 // At most 8 queries share a decoded vector: more would spill registers.
@@ -152,7 +157,7 @@ void attend(const typename C::Tiers& tiers, const int32_t* count, const bool* va
     auto read_query = [&](long i, float (*query)[C::DK]) {
         for (int g = 0; g < C::G; g++) {
             const T* q = q_at(i / C::H, i % C::H * C::G + g);
-            for (int d = 0; d < C::DK; d++) query[g][d] = read(q + d) * C::SCALE;
+            for (int d = 0; d < C::DK; d++) query[g][d] = read(q + d) * SCALE<C>;
         }
     };
     auto work = [&](int thread) {
@@ -183,18 +188,18 @@ void attend(const typename C::Tiers& tiers, const int32_t* count, const bool* va
             }
             const T *q = q_at(i / C::H, i % C::H * C::G + g), *k = k_at(i / C::H, i % C::H), *v = v_at(i / C::H, i % C::H);
             float own = 0.0f;
-            for (int d = 0; d < C::DK; d++) own += read(q + d) * C::SCALE * read(k + d);
-            if (C::SOFTCAP != 0.0f) own = C::SOFTCAP * std::tanh(own / C::SOFTCAP);
-            float sink = C::HAS_SINKS ? sinks[i % C::H * C::G + g] : -INFINITY;
+            for (int d = 0; d < C::DK; d++) own += read(q + d) * SCALE<C> * read(k + d);
+            if (C::SOFTCAP != 0.0f) own = capped<C>(own);
+            float sink = C::HAS_SINKS ? sinks[i % C::H * C::G + g] * LOG2E : -INFINITY;
             float m = std::max(own, sink);
             for (int t = 0; t < threads; t++) m = std::max(m, partial[i * threads + t].m[g]);
             alignas(64) float o[C::DV];
-            float weight = std::exp(own - m), l = weight + std::exp(sink - m);
+            float weight = std::exp2(own - m), l = weight + std::exp2(sink - m);
             for (int d = 0; d < C::DV; d++) o[d] = weight * read(v + d);
             for (int t = 0; t < threads; t++) {
                 const State<C>& s = partial[i * threads + t];
                 if (s.m[g] == -INFINITY) continue;
-                float share = std::exp(s.m[g] - m);
+                float share = std::exp2(s.m[g] - m);
                 l += share * s.l[g];
                 for (int d = 0; d < C::DV; d++) o[d] += share * s.o[g][d];
             }

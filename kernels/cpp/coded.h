@@ -6,7 +6,8 @@ constexpr int WIDE = KVC_AVX512 ? 4 : 1;  // token groups or tiles that are work
 enum Axis { channel_axis, token_axis };
 
 template <int BITS, int OFFSET> struct Whole {
-    static constexpr int bits = BITS;
+    static constexpr int bits = BITS, offset = OFFSET;
+    static constexpr bool whole = true;
     vf table;
     Whole() {
         float x[16];
@@ -21,7 +22,8 @@ template <int BITS, int OFFSET> struct Whole {
 };
 
 template <int BITS, uint32_t... NUMBERS> struct Table {
-    static constexpr int bits = BITS;
+    static constexpr int bits = BITS, offset = 0;
+    static constexpr bool whole = false;
     vf table;
     Table() {
         const uint32_t x[16] = {NUMBERS...};
@@ -31,7 +33,8 @@ template <int BITS, uint32_t... NUMBERS> struct Table {
 };
 
 template <int EXPONENT> struct Float8 {  // e4m3 or e5m2
-    static constexpr int bits = 8;
+    static constexpr int bits = 8, offset = 0;
+    static constexpr bool whole = false;
     template <int SHIFT> vf at(vi word) const {
         constexpr int mantissa = 7 - EXPONENT, bias = (1 << (EXPONENT - 1)) - 1;
         vi w = shift<SHIFT>(word);
@@ -55,6 +58,25 @@ template <int N, class Body> inline void unroll(Body&& body) {
     }
 }
 
+#if KVC_INTEGER
+// n numbers (a multiple of 32) as 16-bit integers; returns their unit. The largest becomes 32767,
+// so that 256 products with 8-bit codes fit 32 bits. `total` is the sum of the integers.
+template <bool TOTAL> inline float to_integers(const float* x, int n, int32_t* out, float& total) {
+    vf most = set(0.0f);
+    for (int i = 0; i < n; i += 16) most = max(most, magnitude(load(x + i)));
+    float m = peak(most);
+    vf inverse = set(m > 1e-30f ? 32767.0f / m : 0.0f);
+    vi all = zero();
+    for (int i = 0; i < n; i += 32) {
+        vi q = quads(load(x + i), load(x + i + 16), inverse);
+        store(out + i / 2, q);
+        if constexpr (TOTAL) all = dot(all, q, set_int(0x00010001));
+    }
+    if constexpr (TOTAL) total = sum(number(all));
+    return m / 32767.0f;
+}
+#endif
+
 // K: 16 tokens abreast. logits[r][t] = q[r] . k[t] for whole groups of 16 tokens.
 template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedK {
     static constexpr int planes = LOW ? 3 : 2;
@@ -62,6 +84,7 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedK
     static constexpr int PAD = TILES * TILE;
     static constexpr int GROUPS = AXIS == channel_axis ? 1 : D / GROUP;
     static constexpr int SCALES = AXIS == channel_axis ? PAGE / GROUP * D : GROUPS * PAGE;
+    static constexpr int ROOM = (PAD + 31) / 32 * 32;
     const uint8_t* codes;
     const S *scale, *low;
     V values;
@@ -71,9 +94,9 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedK
           scale((const S*)plane[1] + page * SCALES),
           low(LOW ? (const S*)plane[2] + page * SCALES : nullptr) {}
 
-    // acc[i][r] += q[r][from ..] . codes of token group group + i, over tiles [first, last)
+    // acc[i][r] += q[r] . codes of token group group + i, over tiles [first, last)
     template <int R, int N>
-    void dots(const float (*q)[PAD], int group, int first, int last, vf (&acc)[N][R]) const {
+    void dots(const float (*q)[ROOM], int group, int first, int last, vf (&acc)[N][R]) const {
         for (int tile = first; tile < last; tile++) {
             vi word[N];
             for (int i = 0; i < N; i++) word[i] = load_bytes(codes + ((group + i) * TILES + tile) * 64);
@@ -90,25 +113,66 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedK
         }
     }
 
+#if KVC_INTEGER
     template <int R, int N>
-    void groups_of(const float (*q)[PAD], const float (*part)[R], int group, float (*out)[PAGE]) const {
+    void dots(const int32_t (*q)[ROOM / 2], int group, int first, int last, vi (&acc)[N][R]) const {
+        for (int tile = first; tile < last; tile++) {
+            vi word[N];
+            for (int i = 0; i < N; i++) word[i] = load_bytes(codes + ((group + i) * TILES + tile) * 64);
+            unroll<2>([&](auto c) {
+                unroll<F>([&](auto f) {
+                    vi x[R];
+                    for (int r = 0; r < R; r++) x[r] = set_int(q[r][(tile * F + f) * 2 + c]);
+                    for (int i = 0; i < N; i++) {
+                        vi k = field<8 * c + V::bits * f, V::bits>(word[i]);
+                        for (int r = 0; r < R; r++) acc[i][r] = dot(acc[i][r], k, x[r]);
+                    }
+                });
+            });
+        }
+    }
+#endif
+
+    template <int R> struct Query {  // of one step (axis=channel) or of all channel groups
+        alignas(64) float q[R][ROOM];
+        float bias[GROUPS][R];       // what the codes do not touch: q . low, or the sum of q
+#if KVC_INTEGER
+        alignas(64) int32_t whole[R][ROOM / 2];
+        float unit[R], shift[GROUPS][R];
+#endif
+    };
+
+    template <int R, int N, bool ROUGH>
+    void some(const Query<R>& query, int group, float (*out)[PAGE]) const {
+        constexpr int each = GROUPS == 1 ? TILES : GROUP / TILE;
         vf total[N][R];
-        if constexpr (AXIS == channel_axis) {
-            for (int i = 0; i < N; i++) for (int r = 0; r < R; r++) total[i][r] = set(part[0][r]);
-            dots<R, N>(q, group, 0, TILES, total);
-        } else {
-            for (int i = 0; i < N; i++) for (int r = 0; r < R; r++) total[i][r] = set(0.0f);
-            for (int g = 0; g < GROUPS; g++) {
-                vf acc[N][R];
+        for (int i = 0; i < N; i++) for (int r = 0; r < R; r++)
+            total[i][r] = set(AXIS == channel_axis ? query.bias[0][r] : 0.0f);
+        for (int g = 0; g < GROUPS; g++) {
+            vf acc[N][R];
+            if constexpr (ROUGH && V::whole && KVC_INTEGER) {
+#if KVC_INTEGER
+                vi whole[N][R];
+                for (int i = 0; i < N; i++) for (int r = 0; r < R; r++) whole[i][r] = zero();
+                dots<R, N>(query.whole, group, g * each, (g + 1) * each, whole);
+                for (int i = 0; i < N; i++) for (int r = 0; r < R; r++) {
+                    acc[i][r] = number(whole[i][r]) * set(query.unit[r]);
+                    if constexpr (V::offset != 0) acc[i][r] = acc[i][r] - set(query.shift[g][r]);
+                }
+#endif
+            } else {
                 for (int i = 0; i < N; i++) for (int r = 0; r < R; r++) acc[i][r] = set(0.0f);
-                constexpr int each = GROUPS == 1 ? TILES : GROUP / TILE;
-                dots<R, N>(q, group, g * each, (g + 1) * each, acc);
-                for (int i = 0; i < N; i++) {
+                dots<R, N>(query.q, group, g * each, (g + 1) * each, acc);
+            }
+            for (int i = 0; i < N; i++) {
+                if constexpr (AXIS == channel_axis) {
+                    for (int r = 0; r < R; r++) total[i][r] = total[i][r] + acc[i][r];
+                } else {
                     vf s = load(scale + g * PAGE + (group + i) * 16);
                     for (int r = 0; r < R; r++) total[i][r] = fma(acc[i][r], s, total[i][r]);
                     if constexpr (LOW) {
                         vf z = load(low + g * PAGE + (group + i) * 16);
-                        for (int r = 0; r < R; r++) total[i][r] = fma(set(part[g][r]), z, total[i][r]);
+                        for (int r = 0; r < R; r++) total[i][r] = fma(set(query.bias[g][r]), z, total[i][r]);
                     }
                 }
             }
@@ -116,43 +180,65 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedK
         for (int i = 0; i < N; i++) for (int r = 0; r < R; r++) store(out[r] + (group + i) * 16, total[i][r]);
     }
 
-    template <int R> void run(const float (*q)[PAD], const float (*part)[R], int first, int last, float (*out)[PAGE]) const {
+    template <int R, bool ROUGH> void run(Query<R>& query, int first, int last, float (*out)[PAGE]) const {
+#if KVC_INTEGER
+        if constexpr (ROUGH && V::whole) {
+            for (int r = 0; r < R; r++) {
+                float all;
+                query.unit[r] = to_integers<false>(query.q[r], ROOM, query.whole[r], all);
+                if constexpr (V::offset != 0) {
+                    constexpr int each = GROUPS == 1 ? ROOM / 2 : GROUP / 2;
+                    for (int g = 0; g < GROUPS; g++) {
+                        vi sums = zero();
+                        for (int i = 0; i < each; i += 8) {
+                            alignas(64) int32_t x[16] = {};
+                            std::memcpy(x, query.whole[r] + g * each + i, 32);
+                            sums = dot(sums, load_bytes((const uint8_t*)x), set_int(0x00010001));
+                        }
+                        query.shift[g][r] = sum(number(sums)) * query.unit[r] * V::offset;
+                    }
+                }
+            }
+        }
+#endif
         int group = first;
-        for (; group + WIDE <= last; group += WIDE) groups_of<R, WIDE>(q, part, group, out);
-        if constexpr (WIDE > 2) for (; group + 2 <= last; group += 2) groups_of<R, 2>(q, part, group, out);
-        for (; group < last; group++) groups_of<R, 1>(q, part, group, out);
+        for (; group + WIDE <= last; group += WIDE) some<R, WIDE, ROUGH>(query, group, out);
+        if constexpr (WIDE > 2) for (; group + 2 <= last; group += 2) some<R, 2, ROUGH>(query, group, out);
+        for (; group < last; group++) some<R, 1, ROUGH>(query, group, out);
     }
 
     // q[r] has D numbers; token groups [first, last) of the page
-    template <int R> void logits(const float* const* q, int first, int last, float (*out)[PAGE]) const {
-        alignas(64) float folded[R][PAD] = {};
-        float part[GROUPS][R] = {};
+    template <int R, bool ROUGH> void logits(const float* const* q, int first, int last, float (*out)[PAGE]) const {
+        Query<R> query;
+        for (int r = 0; r < R; r++) std::memset(query.q[r] + D / 16 * 16, 0, (ROOM - D) * sizeof(float));
         if constexpr (AXIS == token_axis) {
             for (int r = 0; r < R; r++) {
-                std::memcpy(folded[r], q[r], D * sizeof(float));
+                std::memcpy(query.q[r], q[r], D * sizeof(float));
                 for (int g = 0; LOW && g < GROUPS; g++) {
                     vf s = set(0.0f);
                     for (int d = 0; d < GROUP; d += 16) s = s + load(q[r] + g * GROUP + d);
-                    part[g][r] = sum(s);
+                    query.bias[g][r] = sum(s);
                 }
             }
-            run<R>(folded, part, first, last, out);
+            run<R, ROUGH>(query, first, last, out);
         } else {
             constexpr int per = GROUP / 16;  // token groups in a step
             for (int step = first / per; step * per < last; step++) {
                 const S *s = scale + step * D, *z = low + step * D;
-                for (int r = 0; r < R; r++) {
-                    vf bias = set(0.0f);
-                    for (int d = 0; d < D; d += 16) {
+                vf bias[R];
+                for (int r = 0; r < R; r++) bias[r] = set(0.0f);
+                for (int d = 0; d < D; d += 16) {
+                    vf factor = load(s + d), offset = LOW ? load(z + d) : set(0.0f);
+                    for (int r = 0; r < R; r++) {
                         vf x = load(q[r] + d);
-                        store(folded[r] + d, x * load(s + d));
-                        if constexpr (LOW) bias = fma(x, load(z + d), bias);
+                        store(query.q[r] + d, x * factor);
+                        if constexpr (LOW) bias[r] = fma(x, offset, bias[r]);
                     }
-                    part[0][r] = LOW ? sum(bias) : 0.0f;
                 }
+                for (int r = 0; r < R; r++) query.bias[0][r] = LOW ? sum(bias[r]) : 0.0f;
                 int from = step * per > first ? step * per : first;
                 int to = (step + 1) * per < last ? (step + 1) * per : last;
-                run<R>(folded, part, from, to, out);
+                run<R, ROUGH>(query, from, to, out);
             }
         }
     }
@@ -174,91 +260,140 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedV
           scale((const S*)plane[1] + page * SCALES),
           low(LOW ? (const S*)plane[2] + page * SCALES : nullptr) {}
 
-    // o[r][channels of tiles tile ..] = [o +] sum over token quads [first, last) of p v
-    template <int R, int N, bool REMAINDER>
-    void tiles_of(const float (*p)[R][PAGE], int tile, int first, int last, float (*o)[D]) const {
+    template <int R> struct Weights {  // of every channel group
+        alignas(64) float p[GROUPS][R][PAGE];
+#if KVC_INTEGER
+        alignas(64) int32_t whole[GROUPS][R][PAGE / 2];
+        float unit[GROUPS][R], shift[GROUPS][R];
+#endif
+    };
+
+    template <bool REMAINDER> vi codes_at(int quad, int tile) const {
+        const uint8_t* at = codes + (quad * BYTES + tile * 16) * 4;
+        if constexpr (!REMAINDER) return load_bytes(at);
+        alignas(64) uint8_t x[64] = {};
+        std::memcpy(x, at, REST * 4);
+        return load_bytes(x);
+    }
+
+    static constexpr int group_of(int channel) { return GROUPS == 1 ? 0 : channel / GROUP; }
+
+    // o[r] += sum over token quads [first, last) of p v, for the channels of N tiles
+    template <int R, int N, bool REMAINDER, bool ROUGH>
+    void tiles_of(const Weights<R>& weights, int tile, int first, int last, float (*o)[D]) const {
         constexpr int lanes = REMAINDER ? REST : 16;
         vf acc[N * F][R];
-        for (int i = 0; i < N * F; i++) for (int r = 0; r < R; r++) {
-            if constexpr (REMAINDER) {
-                float x[16] = {};
-                std::memcpy(x, o[r] + tile * TILE + i * lanes, lanes * sizeof(float));
-                acc[i][r] = load(x);
-            } else {
-                acc[i][r] = load(o[r] + (tile * F + i) * 16);
-            }
-        }
-        for (int quad = first; quad < last; quad++) {
-            vi word[N];
-            for (int i = 0; i < N; i++) {
-                const uint8_t* at = codes + (quad * BYTES + (tile + i) * 16) * 4;
-                if constexpr (REMAINDER) {
-                    uint8_t x[64] = {};
-                    std::memcpy(x, at, REST * 4);
-                    word[i] = load_bytes(x);
-                } else {
-                    word[i] = load_bytes(at);
-                }
-            }
-            unroll<4>([&](auto c) {
-                unroll<N>([&](auto i) {
-                    unroll<F>([&](auto f) {
-                        vf v = values.template at<8 * c + V::bits * f>(word[i]);
-                        int group = AXIS == channel_axis || GROUPS == 1
-                            ? 0 : ((tile + i) * TILE + f * lanes) / GROUP;
-                        for (int r = 0; r < R; r++)
-                            acc[i * F + f][r] = fma(set(p[group][r][quad * 4 + c]), v, acc[i * F + f][r]);
+        if constexpr (ROUGH && V::whole && KVC_INTEGER) {
+#if KVC_INTEGER
+            vi whole[N * F][R];
+            for (int i = 0; i < N * F; i++) for (int r = 0; r < R; r++) whole[i][r] = zero();
+            for (int quad = first; quad < last; quad++) {
+                vi word[N];
+                for (int i = 0; i < N; i++) word[i] = codes_at<REMAINDER>(quad, tile + i);
+                unroll<2>([&](auto c) {
+                    unroll<N>([&](auto i) {
+                        unroll<F>([&](auto f) {
+                            vi v = field<8 * c + V::bits * f, V::bits>(word[i]);
+                            int group = group_of((tile + i) * TILE + f * lanes);
+                            for (int r = 0; r < R; r++)
+                                whole[i * F + f][r] = dot(whole[i * F + f][r], v, set_int(weights.whole[group][r][quad * 2 + c]));
+                        });
                     });
                 });
-            });
+            }
+            for (int i = 0; i < N * F; i++) for (int r = 0; r < R; r++) {
+                int group = group_of((tile + i / F) * TILE + i % F * lanes);
+                acc[i][r] = number(whole[i][r]) * set(weights.unit[group][r]);
+                if constexpr (V::offset != 0) acc[i][r] = acc[i][r] - set(weights.shift[group][r]);
+            }
+#endif
+        } else {
+            for (int i = 0; i < N * F; i++) for (int r = 0; r < R; r++) acc[i][r] = set(0.0f);
+            for (int quad = first; quad < last; quad++) {
+                vi word[N];
+                for (int i = 0; i < N; i++) word[i] = codes_at<REMAINDER>(quad, tile + i);
+                unroll<4>([&](auto c) {
+                    unroll<N>([&](auto i) {
+                        unroll<F>([&](auto f) {
+                            vf v = values.template at<8 * c + V::bits * f>(word[i]);
+                            int group = group_of((tile + i) * TILE + f * lanes);
+                            for (int r = 0; r < R; r++)
+                                acc[i * F + f][r] = fma(set(weights.p[group][r][quad * 4 + c]), v, acc[i * F + f][r]);
+                        });
+                    });
+                });
+            }
         }
         for (int i = 0; i < N * F; i++) for (int r = 0; r < R; r++) {
+            float* to = o[r] + tile * TILE + i * lanes;
             if constexpr (REMAINDER) {
                 float x[16];
                 store(x, acc[i][r]);
-                std::memcpy(o[r] + tile * TILE + i * lanes, x, lanes * sizeof(float));
+                for (int d = 0; d < lanes; d++) to[d] += x[d];
             } else {
-                store(o[r] + (tile * F + i) * 16, acc[i][r]);
+                store(to, load(to) + acc[i][r]);
             }
         }
     }
 
-    template <int R> void run(const float (*p)[R][PAGE], int first, int last, float (*o)[D]) const {
+    // Token groups [first, last); weights.p is given
+    template <int R, bool ROUGH> void run(Weights<R>& weights, int first, int last, float (*o)[D]) const {
+#if KVC_INTEGER
+        if constexpr (ROUGH && V::whole) {
+            for (int g = 0; g < GROUPS; g++) for (int r = 0; r < R; r++) {
+                int from = first / 2 * 32, to = (last + 1) / 2 * 32;  // whole pairs of token groups
+                if (from < first * 16) store(weights.p[g][r] + from, set(0.0f));
+                if (last * 16 < to) store(weights.p[g][r] + last * 16, set(0.0f));
+                float all = 0.0f;
+                weights.unit[g][r] = to_integers<V::offset != 0>(
+                    weights.p[g][r] + from, to - from, weights.whole[g][r] + from / 2, all);
+                weights.shift[g][r] = all * weights.unit[g][r] * V::offset;
+            }
+        }
+#endif
         constexpr int abreast = !KVC_AVX512 || R * F >= 8 ? 1 : (R * F >= 4 ? 2 : 4);
         int tile = 0;
-        for (; tile + abreast <= TILES; tile += abreast) tiles_of<R, abreast, false>(p, tile, first, last, o);
-        for (; tile < TILES; tile++) tiles_of<R, 1, false>(p, tile, first, last, o);
-        if constexpr (REST > 0) tiles_of<R, 1, true>(p, TILES, first, last, o);
+        for (; tile + abreast <= TILES; tile += abreast) tiles_of<R, abreast, false, ROUGH>(weights, tile, first * 4, last * 4, o);
+        for (; tile < TILES; tile++) tiles_of<R, 1, false, ROUGH>(weights, tile, first * 4, last * 4, o);
+        if constexpr (REST > 0) tiles_of<R, 1, true, ROUGH>(weights, TILES, first * 4, last * 4, o);
     }
 
-    template <int R> void add(const float (*p)[PAGE], int first, int last, float (*o)[D]) const {
+    template <int R, bool ROUGH> void add(const float (*p)[PAGE], int first, int last, float (*o)[D]) const {
+        Weights<R> weights;
         if constexpr (AXIS == token_axis) {
-            alignas(64) float scaled[GROUPS][R][PAGE];
-            for (int g = 0; g < GROUPS; g++) for (int r = 0; r < R; r++) {
-                vf bias = set(0.0f);
+            for (int g = 0; g < GROUPS; g++) {
+                vf bias[R];
+                for (int r = 0; r < R; r++) bias[r] = set(0.0f);
                 for (int t = first * 16; t < last * 16; t += 16) {
-                    vf x = load(p[r] + t);
-                    store(scaled[g][r] + t, x * load(scale + g * PAGE + t));
-                    if constexpr (LOW) bias = fma(x, load(low + g * PAGE + t), bias);
+                    vf factor = load(scale + g * PAGE + t), offset = LOW ? load(low + g * PAGE + t) : set(0.0f);
+                    for (int r = 0; r < R; r++) {
+                        vf x = load(p[r] + t);
+                        store(weights.p[g][r] + t, x * factor);
+                        if constexpr (LOW) bias[r] = fma(x, offset, bias[r]);
+                    }
                 }
-                if constexpr (LOW) {
-                    vf z = set(sum(bias));
-                    constexpr int width = GROUPS == 1 ? D : GROUP;
+                constexpr int width = GROUPS == 1 ? D : GROUP;
+                for (int r = 0; LOW && r < R; r++) {
+                    vf z = set(sum(bias[r]));
                     for (int d = g * width; d < (g + 1) * width; d += 16) store(o[r] + d, load(o[r] + d) + z);
                 }
             }
-            run<R>(scaled, first * 4, last * 4, o);
+            run<R, ROUGH>(weights, first, last, o);
         } else {
             constexpr int per = GROUP / 16;
             for (int step = first / per; step * per < last; step++) {
                 int from = step * per > first ? step * per : first;
                 int to = (step + 1) * per < last ? (step + 1) * per : last;
                 alignas(64) float part[R][D] = {};
-                run<R>((const float (*)[R][PAGE])p, from * 4, to * 4, part);
+                vf mass[R];
                 for (int r = 0; r < R; r++) {
-                    vf mass = set(0.0f);
-                    for (int t = from * 16; LOW && t < to * 16; t += 16) mass = mass + load(p[r] + t);
-                    vf all = set(sum(mass));
+                    std::memcpy(weights.p[0][r] + from * 16, p[r] + from * 16, (to - from) * 64);
+                    mass[r] = set(0.0f);
+                    for (int t = from * 16; LOW && t < to * 16; t += 16) mass[r] = mass[r] + load(p[r] + t);
+                }
+                run<R, ROUGH>(weights, from, to, part);
+                for (int r = 0; r < R; r++) {
+                    vf all = set(LOW ? sum(mass[r]) : 0.0f);
                     for (int d = 0; d < D; d += 16) {
                         vf x = fma(load(part[r] + d), load(scale + step * D + d), load(o[r] + d));
                         if constexpr (LOW) x = fma(all, load(low + step * D + d), x);

@@ -6,7 +6,7 @@ template <int D, class T> struct DenseK {
     const T* data;
     DenseK(const void* const* plane, long page) : data((const T*)plane[0] + page * (PAGE * D)) {}
 
-    template <int R> void logits(const float* const* q, int first, int last, float (*out)[PAGE]) const {
+    template <int R, bool> void logits(const float* const* q, int first, int last, float (*out)[PAGE]) const {
         for (int group = first; group < last; group++) {
             vf part[R][16];
             for (int t = 0; t < 16; t++) {
@@ -42,7 +42,7 @@ template <int D, class T> struct DenseV {
         for (int i = 0; i < N; i++) for (int r = 0; r < R; r++) store(o[r] + from + i * 16, acc[i][r]);
     }
 
-    template <int R> void add(const float (*p)[PAGE], int first, int last, float (*o)[D]) const {
+    template <int R, bool> void add(const float (*p)[PAGE], int first, int last, float (*o)[D]) const {
         constexpr int abreast = KVC_AVX512 ? (R <= 4 ? 4 : 2) : 1;
         int from = 0;
         for (; from + abreast * 16 <= D; from += abreast * 16) part<R, abreast>(p, first * 16, last * 16, from, o);
