@@ -8,8 +8,8 @@ from support import RECIPES
 
 from kvcompile.ir import APPEND, ATTEND, ATTENTION
 from kvcompile.plan import plan
-from kvcompile.planes import Layer
-from kvcompile.program import Site
+from kvcompile.planes import Group
+from kvcompile.site import Site
 from kvcompile.store import SIDES, Store
 
 STORES = [Store.of(plan(r, 1)[0].values) for r in (*RECIPES, "kivi(bits=4, group=64)",
@@ -20,9 +20,9 @@ STORES = [Store.of(plan(r, 1)[0].values) for r in (*RECIPES, "kivi(bits=4, group
 HEADS, Q_HEADS, DIM = 2, 4, 32
 
 
-def layer(store: Store, batch: int, dtype=torch.float32) -> Layer:
+def layer(store: Store, batch: int, dtype=torch.float32) -> Group:
     site = Site(0, Q_HEADS, HEADS, (DIM, DIM), dtype, 0, store)
-    return Layer(site, batch, torch.device("cpu"))
+    return Group([site], batch, torch.device("cpu"))
 
 
 def qkv(batch: int, tokens: int, seed: int = 0):
@@ -32,12 +32,12 @@ def qkv(batch: int, tokens: int, seed: int = 0):
     return q, k, v, torch.arange(tokens).expand(batch, -1), torch.ones(batch, tokens).bool()
 
 
-def step(lay: Layer, q, k, v, pos, valid, counts, window=0):
+def step(lay: Group, q, k, v, pos, valid, counts, window=0):
     """attend, then append, as the extend graph does; returns o."""
     lay.reserve([n + int(m) for n, m in zip(counts, valid.sum(1), strict=True)])
     options = dict(store=str(lay.site.store))
     o, _ = ATTEND(q, k, v, lay.planes, pos, valid, None, scale=DIM**-0.5, window=window, **options)
-    APPEND(lay.planes, k, v, pos, valid, **options)
+    APPEND(lay.planes, [k], [v], pos, valid, slots=[0], **options)
     return o
 
 
@@ -87,17 +87,18 @@ def test_appending_in_pieces_stores_the_same_bytes(store, cuts, seed):
     _, k, v, pos, valid = qkv(1, total, seed)
     one, many = layer(store, 1), layer(store, 1)
     one.reserve([total])
-    APPEND(one.planes, k, v, pos, valid, store=str(store))
+    APPEND(one.planes, [k], [v], pos, valid, store=str(store), slots=[0])
     done = 0
     for n in cuts:
         at = slice(done, done + n)
         many.reserve([done + n])
-        APPEND(many.planes, k[:, :, at], v[:, :, at], pos[:, at], valid[:, at], store=str(store))
+        APPEND(many.planes, [k[:, :, at]], [v[:, :, at]], pos[:, at], valid[:, at],
+               store=str(store), slots=[0])
         done += n
     for side in SIDES:
         read = []
         for lay in (one, many):
-            named = {s.name: p for s, p in zip(lay.specs, lay.planes, strict=True)}
+            named = pages.named(lay.specs, lay.planes, [0])
             tiers = pages.tiers(store, side, named, DIM, torch.float32)
             read.append(pages.stored(store, side, tiers, 0, slice(0, HEADS), total))
         assert torch.equal(*read)
