@@ -26,7 +26,7 @@ def _runs(counts: Tensor) -> Iterator[tuple[slice, int]]:
 
 def _tiers(store: Store, planes: list[Tensor], k: Tensor, v: Tensor, slots: Sequence[int],
            together: bool = False) -> tuple[Tensor, dict[str, dict[str, pages.Tier]]]:
-    """The count of some layers [B, slots * heads] and their tiers; `together`: of rows as of one."""
+    """Count [B, slots * heads] and tiers of some layers; `together`: all rows as one."""
     named = pages.named(store.planes((k.shape[-1], v.shape[-1]), k.dtype), planes, slots)
     if together:
         named = {n: p.flatten(0, 1)[None] if n.endswith(("count", "table")) else p
