@@ -4,7 +4,7 @@ Rows are handled one by one with their padding taken out, so that a batch gives 
 what the row gives alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,15 +15,8 @@ from kvcompile.kernels.dense_attention import attend_row, causal, decode
 from kvcompile.store import SIDES, Store
 
 
-def _named(store: Store, planes: list[Tensor], k: Tensor, v: Tensor) -> dict[str, Tensor]:
-    specs = store.planes((k.shape[-1], v.shape[-1]), k.dtype)
-    if len(specs) != len(planes):
-        raise ValueError(f"{store} has {len(specs)} planes, {len(planes)} were given")
-    return {spec.name: plane for spec, plane in zip(specs, planes, strict=True)}
-
-
 def _runs(counts: Tensor) -> Iterator[tuple[slice, int]]:
-    """Runs of neighbouring kv heads with the same count: (heads, count)."""
+    """Runs of neighbouring heads with the same count: (heads, count)."""
     values, start = counts.tolist(), 0
     for end in range(1, len(values) + 1):
         if end == len(values) or values[end] != values[start]:
@@ -31,9 +24,13 @@ def _runs(counts: Tensor) -> Iterator[tuple[slice, int]]:
             start = end
 
 
-def _tiers(store: Store, planes: list[Tensor], k: Tensor, v: Tensor
-           ) -> tuple[Tensor, dict[str, dict[str, pages.Tier]]]:
-    named = _named(store, planes, k, v)
+def _tiers(store: Store, planes: list[Tensor], k: Tensor, v: Tensor, slots: Sequence[int],
+           together: bool = False) -> tuple[Tensor, dict[str, dict[str, pages.Tier]]]:
+    """Count [B, slots * heads] and tiers of some layers; `together`: all rows as one."""
+    named = pages.named(store.planes((k.shape[-1], v.shape[-1]), k.dtype), planes, slots)
+    if together:
+        named = {n: p.flatten(0, 1)[None] if n.endswith(("count", "table")) else p
+                 for n, p in named.items()}
     tiers = {s: pages.tiers(store, s, named, x.shape[-1], k.dtype)
              for s, x in zip(SIDES, (k, v), strict=True)}
     return named["count"], tiers
@@ -118,31 +115,61 @@ def _one_by_one(store: Store, q: Tensor, k: Tensor, v: Tensor, scale: float, win
 
 
 @body("append")
-def append(planes: list[Tensor], k: Tensor, v: Tensor, positions: Tensor, valid: Tensor, *,
-           store: str, layer: int = 0) -> None:
-    """Store this call's valid tokens; blocks that become complete are encoded."""
-    parsed = Store.parse(store)
-    count, tiers = _tiers(parsed, planes, k, v)
+def append(planes: list[Tensor], k: list[Tensor], v: list[Tensor], positions: Tensor,
+           valid: Tensor, *, store: str, slots: list[int]) -> None:
+    """Store this call's valid tokens of the layers `slots`; complete blocks are encoded.
+
+    One token a row is stored in all layers at once; more of them layer by layer, to save memory.
+    """
+    parsed, every = Store.parse(store), bool(valid.all())
+    new = valid.sum(1, dtype=torch.int32)
+    size = len(slots) if valid.shape[1] == 1 else 1
+    for at in (slice(i, i + size) for i in range(0, len(slots), size)):
+        _append(parsed, planes, k[at], v[at], valid, every, slots[at])
+    planes[0][pages.at(slots)] += new[:, None]
+
+
+def _append(store: Store, planes: list[Tensor], k: list[Tensor], v: list[Tensor], valid: Tensor,
+            every: bool, slots: list[int]) -> None:
+    """Store tokens of some layers at once, their heads being heads of a row.
+
+    Rows without padding are as one row, so that they too go together where counts are equal.
+    """
+    count, tiers = _tiers(store, planes, k[0], v[0], slots, together=every)
+    both = [torch.stack(x, 1).flatten(1, 2) if len(x) > 1 else x[0] for x in (k, v)]
+    if every:
+        both, valid = [x.flatten(0, 1)[None] for x in both], valid[:1]
     for row, keep in enumerate(valid):
-        every = bool(keep.all())
         for heads, n in _runs(count[row]):
-            for side, x in zip(SIDES, (k, v), strict=True):
+            for side, x in zip(SIDES, both, strict=True):
                 new = x[row, heads] if every else x[row, heads][:, keep]
-                pages.add(parsed, side, tiers[side], row, heads, n, new)
-    count += valid.sum(1, dtype=torch.int32)[:, None]
+                pages.add(store, side, tiers[side], row, heads, n, new)
+
+
+@body("storable")
+def storable(k: list[Tensor], v: list[Tensor], k_limits: list[float], v_limits: list[float]
+             ) -> Tensor:
+    """bool [layers]: neither k nor v holds NaN or a magnitude above the layer's limit."""
+    fine = []
+    for xs, limits in ((k, k_limits), (v, v_limits)):
+        peaks = torch.stack([torch.linalg.vector_norm(x, torch.inf) for x in xs])
+        peaks = peaks.to(torch.promote_types(peaks.dtype, torch.float32))
+        fine.append(peaks <= torch.tensor(limits, dtype=peaks.dtype, device=peaks.device))
+    return fine[0] & fine[1]
 
 
 @body("attend")
 def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Tensor,
            valid: Tensor, sinks: Tensor | None, *, scale: float, window: int = 0,
-           softcap: float = 0.0, store: str, layer: int = 0) -> tuple[Tensor, Tensor]:
+           softcap: float = 0.0, store: str, slot: int = 0, layer: int = 0
+           ) -> tuple[Tensor, Tensor]:
     """Attention over what is stored and, causally, over this call's exact tokens.
 
     Returns o [B, Hq, S, Dv] and the log-sum-exp of the logits [B, Hq, S] in fp32; 0 and -inf for
     padding.
     """
     parsed = Store.parse(store)
-    count, tiers = _tiers(parsed, planes, k, v)
+    count, tiers = _tiers(parsed, planes, k, v, [slot])
     group = q.shape[1] // k.shape[1]
     o = q.new_zeros(*q.shape[:-1], v.shape[-1])
     lse = torch.full(q.shape[:-1], -torch.inf, device=q.device)

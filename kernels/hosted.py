@@ -8,7 +8,7 @@ from kvcompile.errors import KVCompileError, RecipeError
 from kvcompile.ir import APPEND, ATTEND, body
 from kvcompile.kernels import pages
 from kvcompile.kernels.dense_attention import visible
-from kvcompile.planes import Layer
+from kvcompile.planes import Group
 from kvcompile.store import SIDES
 
 
@@ -21,7 +21,7 @@ def update(cache: Tensor, k: Tensor, v: Tensor, *, length: int, layer: int
     """
     own = KVCache.of(cache).room(k, v, layer)
     store, seen = own.site.store, []
-    named = {spec.name: plane for spec, plane in zip(own.specs, own.planes, strict=True)}
+    named = pages.named(own.specs, own.planes, [0])
     count = int(named["count"][0, 0])
     for side, x in zip(SIDES, (k, v), strict=True):
         tiers = pages.tiers(store, side, named, x.shape[-1], x.dtype)
@@ -56,7 +56,7 @@ def decode(cache: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, 
         if not bool((seen == want).all()):
             raise KVCompileError("attention_mask hides cached tokens (padding); a compiled KVCache "
                                  "takes full rows only: use kvcompile.optimize for padded batches")
-    count = int(own.planes[0][0, 0])
+    count = int(own.planes[0][0, 0, 0])
     positions, valid = _columns(k, count)
     o, _ = ATTEND(q, k, v, own.planes, positions, valid, None, scale=scale, window=window,
                   store=str(own.site.store), layer=layer)
@@ -69,5 +69,5 @@ def _columns(k: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return positions, torch.ones_like(positions, dtype=torch.bool)
 
 
-def _store(own: Layer, k: Tensor, v: Tensor, count: int) -> None:
-    APPEND(own.planes, k, v, *_columns(k, count), store=str(own.site.store), layer=own.site.layer)
+def _store(own: Group, k: Tensor, v: Tensor, count: int) -> None:
+    APPEND(own.planes, [k], [v], *_columns(k, count), store=str(own.site.store), slots=[0])

@@ -1,10 +1,12 @@
 """Reading and writing tokens of a tier through its page table, in plain PyTorch."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from kvcompile.format import PAGE, Format, Side
-from kvcompile.store import SIDES, Span, Store
+from kvcompile.store import SIDES, Plane, Span, Store
 
 
 class Tier:
@@ -80,6 +82,20 @@ class Tier:
         return self.specs[name].steps(pool), self.specs[name].lanes
 
 
+def named(specs: Sequence[Plane], planes: list[Tensor], slots: Sequence[int]) -> dict[str, Tensor]:
+    """name -> plane; of the count and the tables [batch, slots * heads, ...], layer by layer."""
+    if len(specs) != len(planes):
+        raise ValueError(f"the store has {len(specs)} planes, {len(planes)} were given")
+    return {spec.name: plane if spec.shape else plane[at(slots)].transpose(0, 1).flatten(1, 2)
+            for spec, plane in zip(specs, planes, strict=True)}
+
+
+def at(slots: Sequence[int]) -> slice | list[int]:
+    """An index of these layers; of neighbours one that makes a view."""
+    first, last = slots[0], slots[-1]
+    return slice(first, last + 1) if [*slots] == [*range(first, last + 1)] else [*slots]
+
+
 def tiers(store: Store, side: Side, named: dict[str, Tensor], dim: int,
           dtype: torch.dtype) -> dict[str, Tier]:
     """tier name -> Tier, for K or for V."""
@@ -103,18 +119,16 @@ def add(store: Store, side: Side, tier: dict[str, Tier], row: int, heads: slice,
         tier["sinks"].write(row, heads, before["sinks"].end, x[:, :taken])
         x = x[:, taken:]
     queued = max(0, count - store.sinks)           # number of the first token of x in the queue
-    if "recent" in tier:
-        waiting = Span(max(before["recent"].start, before["body"].end), queued)
-        x = torch.cat([tier["recent"].read(row, heads, waiting), x], 1)
-        base = waiting.start
-    else:
-        base = queued
-    if "body" in tier:
-        start = max(before["body"].end, after["body"].start)
-        tier["body"].write(row, heads, start, x[:, start - base : after["body"].end - base])
+    start, end = max(before["body"].end, after["body"].start), after["body"].end
+    if "body" in tier and end > start:
+        leaving = x[:, max(0, start - queued) : max(0, end - queued)]
+        if start < queued:                         # those that have waited go first
+            waited = tier["recent"].read(row, heads, Span(start, min(end, queued)))
+            leaving = torch.cat([waited, leaving], 1)
+        tier["body"].write(row, heads, start, leaving)
     if "recent" in tier:
         start = max(after["recent"].start, queued)
-        tier["recent"].write(row, heads, start, x[:, start - base :])
+        tier["recent"].write(row, heads, start, x[:, start - queued :])
 
 
 def crop(store: Store, dims: tuple[int, int], dtype: torch.dtype, planes: list[Tensor],
@@ -123,11 +137,10 @@ def crop(store: Store, dims: tuple[int, int], dtype: torch.dtype, planes: list[T
 
     Tokens of the body that the shorter row holds in its recent tier are decoded and put there.
     """
-    specs = store.planes(dims, dtype)
-    named = {spec.name: plane for spec, plane in zip(specs, planes, strict=True)}
-    heads = slice(0, named["count"].shape[1])
+    every = named(store.planes(dims, dtype), planes, range(planes[0].shape[0]))
+    heads = slice(0, every["count"].shape[1])
     for side, dim in zip(SIDES, dims, strict=True):
-        own = tiers(store, side, named, dim, dtype)
+        own = tiers(store, side, every, dim, dtype)
         if "recent" not in own:
             continue
         for row, (n, m) in enumerate(zip(rows, keep, strict=True)):

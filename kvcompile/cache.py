@@ -12,10 +12,10 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from kvcompile.errors import CacheFullError, KVCompileError
 from kvcompile.plan import plan
-from kvcompile.planes import Layer
-from kvcompile.program import Site
+from kvcompile.planes import Group
 from kvcompile.recipe import Recipe
 from kvcompile.registry import module
+from kvcompile.site import Site
 from kvcompile.store import Store
 
 _NUMBERS = count(1)
@@ -69,7 +69,7 @@ class KVCache(Cache):
     @property
     def sites(self) -> tuple[Site, ...]:
         """The layers that hold something."""
-        return tuple(layer.site for layer in self.stores)
+        return tuple(site for group in self.groups for site in group.sites)
 
     @property
     def rows(self) -> list[int]:
@@ -98,11 +98,11 @@ class KVCache(Cache):
 
     @property
     def batch_size(self) -> int:
-        return self._batch if self.stores else -1
+        return self._batch if self.groups else -1
 
     @property
     def is_initialized(self) -> bool:
-        return bool(self.stores)
+        return bool(self.groups)
 
     @property
     def is_compileable(self) -> bool:  # transformers compiles only with caches of fixed size
@@ -127,17 +127,17 @@ class KVCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all planes: pages, page tables and counts."""
-        return sum(p.nbytes for layer in self.stores for p in layer.planes)
+        return sum(p.nbytes for group in self.groups for p in group.planes)
 
     def stored_tokens(self, layer: int) -> Tensor:
         """int64 [batch, kv heads]: how many tokens the layer holds."""
-        site = self.stores[layer].site
+        site = self.sites[layer]
         kept = [site.store.stored(n) for n in self.rows]
         return torch.tensor(kept, dtype=torch.int64)[:, None].expand(-1, site.heads).clone()
 
     def positions(self, layer: int) -> Tensor:
         """int64 [batch, kv heads, most tokens of a row]: position ids, oldest first; -1 fills."""
-        site = self.stores[layer].site
+        site = self.sites[layer]
         numbers = [site.store.numbers(n) for n in self.rows]
         most = max(map(len, numbers), default=0)
         out = torch.full((len(numbers), site.heads, most), -1, dtype=torch.int64)
@@ -167,29 +167,29 @@ class KVCache(Cache):
             self._columns += tokens
         return k, v
 
-    def room(self, k: Tensor, v: Tensor, layer_idx: int) -> Layer:
+    def room(self, k: Tensor, v: Tensor, layer_idx: int) -> Group:
         """The layer's planes, with pages for the tokens of k and v; made at its first call."""
         batch, heads, tokens, _ = k.shape
         if self.max_length is not None and self._columns + tokens > self.max_length:
             raise CacheFullError(f"{self._columns} cached and {tokens} new tokens exceed "
                                  f"max_length={self.max_length}")
-        if self.stores and batch != self._batch:
+        if self.groups and batch != self._batch:
             raise KVCompileError(f"the cache holds a batch of {self._batch}, the call has {batch} "
                                  "rows")
         self._batch = batch
-        if layer_idx == len(self.stores):
+        if layer_idx == len(self.groups):
             site = Site(layer_idx, heads, heads, (k.shape[3], v.shape[3]), k.dtype,
                         self.windows[layer_idx], self.plan_stores[layer_idx])
-            self.stores.append(Layer(site, batch, k.device))
-        layer = self.stores[layer_idx]
-        layer.reserve([max(self._columns + tokens, self.max_length or 0)] * batch)
-        return layer
+            self.groups.append(Group([site], batch, k.device))  # of its own: layers come one by one
+        group = self.groups[layer_idx]
+        group.reserve([max(self._columns + tokens, self.max_length or 0)] * batch)
+        return group
 
     # ---- transformers' operations --------------------------------------------------------
 
     def reset(self) -> None:
         """Empty the cache and free its planes."""
-        self.stores: list[Layer] = []
+        self.groups: list[Group] = []
         self._batch = self._columns = 0
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -207,15 +207,15 @@ class KVCache(Cache):
         if keep == 0:
             self.reset()
             return
-        for layer in self.stores:
-            if any(layer.site.store.first(n) for n in self.rows):
-                raise KVCompileError(f"crop({tokens_to_remove}): layer {layer.site.layer} has "
-                                     "already dropped tokens, which cannot come back")
+        for site in self.sites:
+            if any(site.store.first(n) for n in self.rows):
+                raise KVCompileError(f"crop({tokens_to_remove}): layer {site.layer} has already "
+                                     "dropped tokens, which cannot come back")
         before = self.rows
         self._shorten(keep)
-        for layer in self.stores:
-            site = layer.site
-            module("kernels", "pages").crop(site.store, site.dims, site.dtype, layer.planes, before,
+        for group in self.groups:
+            site = group.site
+            module("kernels", "pages").crop(site.store, site.dims, site.dtype, group.planes, before,
                                             self.rows)
         self._set_counts()
 
@@ -224,16 +224,16 @@ class KVCache(Cache):
 
     def _set_counts(self) -> None:
         """Make every layer's count what `rows` says."""
-        for layer in self.stores:
+        for group in self.groups:
             count = torch.tensor(self.rows, dtype=torch.int32)[:, None]
-            layer.planes[0].copy_(count.expand_as(layer.planes[0]))
+            group.planes[0].copy_(count.expand_as(group.planes[0]))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch, in this order, repeated ones copied."""
         rows = torch.as_tensor(indices).tolist()
-        if self.stores:
-            for layer in self.stores:
-                layer.select(rows)
+        if self.groups:
+            for group in self.groups:
+                group.select(rows)
             self._select(rows)
 
     def _select(self, rows: list[int]) -> None:
@@ -256,10 +256,10 @@ class KVCache(Cache):
         memo[id(self)] = new
         if hasattr(self, "_handle"):
             new._register()
-        new.stores = []
-        for layer in self.stores:
-            twin = copy.copy(layer)
-            twin.planes = [p.clone() for p in layer.planes]
-            twin.pages = {key: list(n) for key, n in layer.pages.items()}
-            new.stores.append(twin)
+        new.groups = []
+        for group in self.groups:
+            twin = copy.copy(group)
+            twin.planes = [p.clone() for p in group.planes]
+            twin.pages = {key: list(n) for key, n in group.pages.items()}
+            new.groups.append(twin)
         return new

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import torch
@@ -10,9 +11,8 @@ from torch.fx import GraphModule
 
 from kvcompile.backend.inductor import compile_graph
 from kvcompile.errors import KVCompileError
-from kvcompile.format import PAGE
 from kvcompile.own_cache import OwnCache
-from kvcompile.planes import Layer
+from kvcompile.planes import Group
 from kvcompile.program import Program
 
 log = logging.getLogger(__name__)
@@ -80,19 +80,24 @@ class Engine:
                   torch.zeros(1, dtype=torch.long, device=device)]
         rows = [0] if batch > 1 else []
         dynamic = [rows, rows, rows, []]
-        for site in self.sites:
-            layer = Layer(site, batch, device)
-            layer.reserve([3 * PAGE] * batch)
-            for spec, plane in zip(layer.specs, layer.planes, strict=True):
+        sizes = count(batch + 2)  # a size of its own for whatever may vary by itself
+        for layers in self.program.groups:
+            group = Group([self.sites[i] for i in layers], batch, device)
+            pages: dict[str, int] = {}
+            for spec, plane in zip(group.specs, group.planes, strict=True):
+                tier, name = spec.name.rpartition(".")[::2]
+                key = f"{tier} table" if name == "table" else tier
+                if key and key not in pages:
+                    pages[key] = next(sizes)
                 if spec.shape:
-                    inputs.append(plane if plane.shape[0] > 1 else plane.new_zeros(3, *spec.shape))
+                    inputs.append(plane.new_empty(pages[key], *spec.shape))
                     dynamic.append([0])
-                elif spec.name == "count":
-                    inputs.append(plane)
-                    dynamic.append(rows)
+                elif tier:
+                    inputs.append(plane.new_empty(*plane.shape[:3], pages[key]))
+                    dynamic.append([*(d + 1 for d in rows), 3])
                 else:
-                    inputs.append(plane.new_zeros(batch, site.heads, 3))
-                    dynamic.append([*rows, 2])
+                    inputs.append(plane)
+                    dynamic.append([d + 1 for d in rows])
         gm = GraphModule(self.program.phases["extend"], self.program.phases["extend"].graph)
         return compile_graph(gm, inputs, dynamic)
 

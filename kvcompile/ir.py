@@ -2,8 +2,9 @@
 
     kvc.attention  what capture emits: causal attention among the tokens of one call
     kvc.rope       rotary embedding, explicit so that keys can be cached before or after it
-    kvc.append     store this call's tokens (mutates the planes in place)
+    kvc.append     store this call's tokens of some layers (mutates the planes in place)
     kvc.attend     attention over what earlier calls stored and, exactly, this call's tokens
+    kvc.storable   bool [layers]: no NaN in k and v, and no magnitude above the layer's limits
 
 Two more serve models that fill a KVCache by their own code. They take a handle of the cache, so
 that its planes may grow between calls without a graph noticing:
@@ -13,8 +14,9 @@ that its planes may grow between calls without a graph noticing:
 
 Shapes: q [B, Hq, S, Dk], k [B, H, S, Dk], v [B, H, S, Dv], positions and valid [B, S] (valid is
 False for padding: such tokens are neither seen nor stored). `store` is the text of a
-`kvcompile.store.Store`; `planes` are its tensors in `Store.planes` order. `window` counts tokens
-of the row, the query included (0: no window). The bodies live in `kernels/eager.py`.
+`kvcompile.store.Store`; `planes` are its tensors in `Store.planes` order, shared by all layers of
+a group, and a layer's index there is its `slot`. `window` counts tokens of the row, the query
+included (0: no window). The bodies live in `kernels/eager.py`.
 """
 
 from collections.abc import Callable
@@ -34,14 +36,15 @@ LIB.define(
 )
 LIB.define("rope(Tensor x, Tensor cos, Tensor sin, *, str style) -> Tensor")
 LIB.define(
-    "append(Tensor(a!)[] planes, Tensor k, Tensor v, Tensor positions, Tensor valid, *, "
-    "str store, int layer=0) -> ()"
+    "append(Tensor(a!)[] planes, Tensor[] k, Tensor[] v, Tensor positions, Tensor valid, *, "
+    "str store, int[] slots) -> ()"
 )
 LIB.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor[] planes, Tensor positions, Tensor valid, "
-    "Tensor? sinks, *, float scale, int window=0, float softcap=0.0, str store, int layer=0)"
-    " -> (Tensor, Tensor)"
+    "Tensor? sinks, *, float scale, int window=0, float softcap=0.0, str store, int slot=0, "
+    "int layer=0) -> (Tensor, Tensor)"
 )
+LIB.define("storable(Tensor[] k, Tensor[] v, float[] k_limits, float[] v_limits) -> Tensor")
 LIB.define(
     "update(Tensor(a!) cache, Tensor k, Tensor v, *, SymInt length, int layer) -> (Tensor, Tensor)"
 )
@@ -54,9 +57,10 @@ ATTENTION = torch.ops.kvc.attention.default
 ROPE = torch.ops.kvc.rope.default
 APPEND = torch.ops.kvc.append.default
 ATTEND = torch.ops.kvc.attend.default
+STORABLE = torch.ops.kvc.storable.default
 UPDATE = torch.ops.kvc.update.default
 DECODE = torch.ops.kvc.decode.default
-OPS = (ATTENTION, ROPE, APPEND, ATTEND)
+OPS = (ATTENTION, ROPE, APPEND, ATTEND, STORABLE)
 
 
 @torch.library.register_fake("kvc::attention", lib=LIB)
@@ -71,16 +75,22 @@ def _(x, cos, sin, *, style):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("kvc::append", lib=LIB)
-def _(planes, k, v, positions, valid, *, store, layer=0):  # type: ignore[no-untyped-def]
+def _(planes, k, v, positions, valid, *, store, slots):  # type: ignore[no-untyped-def]
     return None
 
 
 @torch.library.register_fake("kvc::attend", lib=LIB)
 def _(  # type: ignore[no-untyped-def]
-    q, k, v, planes, positions, valid, sinks, *, scale, window=0, softcap=0.0, store, layer=0
+    q, k, v, planes, positions, valid, sinks, *, scale, window=0, softcap=0.0, store, slot=0,
+    layer=0,
 ):
     o = q.new_empty(*q.shape[:-1], v.shape[-1])
     return o, q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.register_fake("kvc::storable", lib=LIB)
+def _(k, v, k_limits, v_limits):  # type: ignore[no-untyped-def]
+    return k[0].new_empty(len(k), dtype=torch.bool)
 
 
 @torch.library.register_fake("kvc::update", lib=LIB)

@@ -8,8 +8,8 @@ from torch import Tensor
 from kvcompile.cache import KVCache
 from kvcompile.errors import CacheFullError, KVCompileError
 from kvcompile.format import PAGE
-from kvcompile.planes import Layer
-from kvcompile.program import Site
+from kvcompile.planes import Group
+from kvcompile.site import Site, groups
 
 
 class OwnCache(KVCache):
@@ -48,7 +48,7 @@ class OwnCache(KVCache):
         return self._ids[row, : self._columns][self._valid[row, : self._columns]]
 
     def begin(self, valid: Tensor, positions: Tensor) -> list[Tensor]:
-        """Make room for a call's tokens (valid, positions [B, S]); the flat planes of all layers.
+        """Make room for a call's tokens (valid, positions [B, S]); the planes of all groups, flat.
 
         Raises CacheFullError before anything is changed, and KVCompileError for another batch size.
         """
@@ -56,25 +56,26 @@ class OwnCache(KVCache):
         if self._torn:
             raise KVCompileError("the cache was left half-written by an interrupted call; "
                                  "reset() it or start a new one")
-        if self.stores and batch != self._batch:
+        if self.groups and batch != self._batch:
             raise KVCompileError(f"the cache holds a batch of {self._batch}, the call has "
                                  f"{batch} rows")
         if self.max_length is not None and self._columns + tokens > self.max_length:
             raise CacheFullError(f"{self._columns} cached and {tokens} new tokens exceed "
                                  f"max_length={self.max_length}")
-        if not self.stores:
+        if not self.groups:
             self._batch, self._rows = batch, [0] * batch
-            self.stores = [Layer(s, batch, valid.device) for s in self._sites]
+            self.groups = [Group([self._sites[i] for i in layers], batch, valid.device)
+                           for layers in groups(self._sites)]
             self._valid = torch.zeros(batch, 0, dtype=torch.bool)
             self._ids = torch.zeros(batch, 0, dtype=torch.int32)
         self._new = valid.sum(1).tolist()
         counts = [max(n + m, self.max_length or 0)
                   for n, m in zip(self._rows, self._new, strict=True)]
-        for layer in self.stores:
-            layer.reserve(counts)
+        for group in self.groups:
+            group.reserve(counts)
         self._note(valid, positions)
         self._torn = True
-        return [p for layer in self.stores for p in layer.planes]
+        return [p for group in self.groups for p in group.planes]
 
     def commit(self, tokens: int) -> None:
         """The call's tokens have been stored."""

@@ -45,7 +45,7 @@ def _line(node: Node, names: dict[Node, str], symbols: dict[str, str]) -> str:
             shape = f" : {DTYPES[plane.dtype]}[pages, {', '.join(map(str, plane.shape))}]"
             if not plane.shape:
                 pages = ", pages" if plane.name.endswith("table") else ""
-                shape = f" : {DTYPES[plane.dtype]}[B, H{pages}]"
+                shape = f" : {DTYPES[plane.dtype]}[layers, B, H{pages}]"
         return f"{names[node]} = input{shape}"
     args = ", ".join(_value(a, names, symbols) for a in node.args)
     if node.op == "output":

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TextIO
 
-import torch
 from torch import nn
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
@@ -14,30 +13,12 @@ from transformers import PreTrainedModel
 from kvcompile.capture import export
 from kvcompile.capture_module import export_module
 from kvcompile.errors import KVCompileError, nearest
-from kvcompile.ir import argument, attention_nodes
+from kvcompile.ir import attention_nodes
 from kvcompile.plan import plan
 from kvcompile.printer import text
 from kvcompile.recipe import Recipe
 from kvcompile.rewrite import Outcome, Pass, check_axes, copy_graph, passes, phases, run_passes
-from kvcompile.store import Store
-
-
-@dataclass(frozen=True)
-class Site:
-    """One attention layer: its heads, head dimensions (K, V), dtype, own window and storage."""
-
-    layer: int
-    q_heads: int
-    heads: int
-    dims: tuple[int, int]
-    dtype: torch.dtype
-    window: int
-    store: Store
-
-    @property
-    def exact_bytes_per_token(self) -> int:
-        """Bytes that one token's K and V take uncompressed."""
-        return self.heads * sum(self.dims) * self.dtype.itemsize
+from kvcompile.site import Site, groups, sites
 
 
 @dataclass
@@ -60,7 +41,12 @@ class Program:
     @property
     def sites(self) -> tuple[Site, ...]:
         """The attention layers, in order."""
-        return tuple(_site(i, n) for i, n in enumerate(attention_nodes(self.graph_module.graph)))
+        return sites(self.graph_module.graph)
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """The layers that share one set of planes, by number; a layer's slot is its index there."""
+        return groups(self.sites)
 
     def __str__(self) -> str:
         return text(self.graph_module, f"kvcompile {self.name}, recipe: {self.recipe}")
@@ -116,9 +102,3 @@ def capture(model: nn.Module, recipe: str | Recipe = "full",
     program = Program(type(model).__name__, gm, recipe, snapshots={"capture": gm},
                       seconds={"capture": time.perf_counter() - start})
     return program.lower(recipe, watch)
-
-
-def _site(layer: int, node: torch.fx.Node) -> Site:
-    q, k, v = (argument(node, n).meta["val"] for n in "qkv")
-    return Site(layer, int(q.shape[1]), int(k.shape[1]), (int(k.shape[3]), int(v.shape[3])),
-                k.dtype, argument(node, "window"), Store.parse(argument(node, "store")))

@@ -9,9 +9,10 @@ from kvcompile.errors import KVCompileError
 from kvcompile.format import step_bytes, term_of
 from kvcompile.ir import attention_nodes
 from kvcompile.plan import plan
-from kvcompile.program import Program, Site
+from kvcompile.program import Program
 from kvcompile.recipe import Recipe
 from kvcompile.rewrite import Outcome, Pass, Refused, Rewritten, copy_graph, passes, run_passes
+from kvcompile.site import Site
 from kvcompile.store import SIDES, Store
 
 

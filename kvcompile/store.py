@@ -9,7 +9,8 @@ token is in which tier is therefore a function of the count alone (`Store.spans`
 
 K and V have their own format, block and lag (KIVI: K leaves in blocks of 128, V token by token).
 A tier is a pool of pages of 128 tokens of one kv head, and an int32 page table
-[batch, kv heads, pages]; a tier that is bounded is a ring over its pages.
+[layers, batch, kv heads, pages]: layers that are stored alike share it. A tier that is bounded is a
+ring over its pages.
 """
 
 from collections.abc import Mapping
@@ -185,8 +186,8 @@ class Store:
     def planes(self, dims: tuple[int, int], dtype: torch.dtype) -> tuple[Plane, ...]:
         """The tensors of the store in order, for head dimensions (Dk, Dv).
 
-        `count` is int32 [batch, kv heads]; for each tier a `table`, int32 [batch, kv heads, pages],
-        and the format's planes, pools [pages, PAGE // step, *shape].
+        `count` is int32 [layers, batch, kv heads]; for each tier a `table`, int32 [layers, batch,
+        kv heads, pages], and the format's planes, pools [pages, PAGE // step, *shape].
         """
         planes = [Plane("count", torch.int32, ())]
         for name, dim in zip(SIDES, dims, strict=True):
@@ -200,7 +201,7 @@ class Store:
 
     def nbytes(self, dims: tuple[int, int], dtype: torch.dtype, heads: int, counts: list[int],
                reserve: int = 0) -> int:
-        """Bytes that a cache allocates for rows with these token counts: pages and tables.
+        """Bytes that a layer takes in a cache for rows with these token counts: pages and tables.
 
         `reserve` is a count that every row has pages for in advance (`max_length`).
         """

@@ -4,30 +4,39 @@ import torch
 from torch.fx import GraphModule, Node
 
 from kvcompile.errors import KVCompileError
-from kvcompile.ir import APPEND, ATTEND, ATTENTION, OPS, ROPE, argument
+from kvcompile.ir import APPEND, ATTEND, ATTENTION, OPS, ROPE, STORABLE, argument
 from kvcompile.store import Store
 
 
 def verify(gm: GraphModule) -> None:
     """Raise KVCompileError, naming the node, for the first rule that the graph breaks."""
     gm.graph.lint()
-    layers: dict[object, set[int]] = {}
+    seen: set[tuple] = set()
     for node in gm.graph.nodes:
         if node.op != "call_function" or node.target not in OPS:
             continue
         problem = _problem(node)
-        if node.target in (ATTENTION, ATTEND, APPEND):
-            layer = argument(node, "layer")
-            seen = layers.setdefault(node.target, set())
-            if layer in seen:
-                problem = f"layer {layer} appears twice"
-            seen.add(layer)
+        for what in _once(node):
+            if what in seen:
+                problem = f"{what[0]} {what[1]} appears twice"
+            seen.add(what)
         if problem:
             raise KVCompileError(f"node '{node.name}' ({node.target}): {problem}")
 
 
+def _once(node: Node) -> list[tuple]:
+    """What no other node may do: attend as this layer, or store in these slots."""
+    if node.target in (ATTENTION, ATTEND):
+        return [("layer", argument(node, "layer"), node.target)]
+    if node.target is APPEND:
+        return [("slot", slot, argument(node, "planes")[0]) for slot in argument(node, "slots")]
+    return []
+
+
 def _shape(node: Node, name: str) -> torch.Size | None:
     value = argument(node, name)
+    if isinstance(value, (list, tuple)):  # of layers of one shape
+        value = value[0]
     found = value.meta.get("val") if isinstance(value, Node) else None
     return None if found is None else found.shape
 
@@ -36,6 +45,13 @@ def _problem(node: Node) -> str:
     if node.target is ROPE:
         style = argument(node, "style")
         return "" if style in ("half", "interleaved") else f"style {style!r} is unknown"
+    if node.target in (APPEND, STORABLE):
+        names = ("k", "v", "slots") if node.target is APPEND else ("k", "v", "k_limits", "v_limits")
+        lengths = {name: len(argument(node, name)) for name in names}
+        if len(set(lengths.values())) != 1:
+            return f"{lengths} must be of one length"
+        if node.target is STORABLE:
+            return ""
     store = Store.parse(argument(node, "store"))
     q, k, v = (_shape(node, n) if n != "q" or node.target in (ATTENTION, ATTEND) else None
                for n in "qkv")

@@ -1,26 +1,28 @@
 """insert_cache: the stateless graph becomes one that reads and fills a cache.
 
     prefill   o = attention(q, k, v); append(planes, k, v)         an empty cache, any S
-    extend    o = attend(q, k, v, planes); append(planes, k, v)    what is stored and S >= 1 more
+    extend    o = attend(q, k, v, planes); ...; append(planes, all k, all v)    S >= 1 tokens more
 
-Planes become inputs, layer by layer in `Store.planes` order, after the graph's own inputs. The
-outputs become (logits, ok): `ok[layer]` tells whether K and V could be stored. Tokens are stored
-only up to the first layer that is not ok (prefill, where each layer's K and V are freed once
-stored) or only if all are (extend, which stores at its very end): so a call either counts or not.
+Layers of equal storage form a group, whose planes become inputs, group by group in `Store.planes`
+order, after the graph's own inputs; a layer is a slot of its group's planes. The outputs become
+(logits, ok): `ok[layer]` tells whether K and V could be stored. Tokens are stored only up to the
+first layer that is not ok (prefill, where each layer's K and V are freed once stored) or only if
+all are (extend, which stores each group at its very end): so a call either counts or not.
 """
 
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from kvcompile.ir import APPEND, ATTEND, argument, attention_nodes
+from kvcompile.ir import APPEND, ATTEND, STORABLE, argument, attention_nodes
 from kvcompile.plan import LayerPlan
 from kvcompile.rewrite import Outcome, Rewritten
-from kvcompile.store import SIDES, Store
+from kvcompile.site import Site, groups, sites
+from kvcompile.store import SIDES
 
 aten = torch.ops.aten
 
@@ -35,85 +37,95 @@ class InsertCache:
     axes: ClassVar[tuple[str, ...]] = ()
 
     def run(self, gm: GraphModule, plan: Sequence[LayerPlan]) -> list[Outcome]:
-        graph, sites = gm.graph, attention_nodes(gm.graph)
+        graph, nodes = gm.graph, attention_nodes(gm.graph)
         if any(n.target is APPEND for n in graph.nodes):
             return []
-        at = [n for n in graph.nodes if n.op == "placeholder"][-1]
-        planes: list[list[Node]] = []
-        for layer, node in enumerate(sites):
-            planes.append([])
-            for spec in _store(node).planes(_dims(node), _dtype(node)):
-                with graph.inserting_after(at):
-                    at = graph.placeholder(f"L{layer}_{spec.name.replace('.', '_')}")
-                at.meta["plane"] = spec
-                planes[-1].append(at)
-        valid = argument(sites[0], "valid")
-        fine: list[Node] = []
-        for node, own in zip(sites, planes, strict=True):
-            with graph.inserting_before(node):
-                fine.append(_storable(graph, node))
-                if self.phase == "prefill":
-                    if len(fine) > 1:
-                        fine[-1] = _call(graph, aten.logical_and.default, *fine[-2:])
-                    allowed = _call(graph, aten.bitwise_and.Tensor, valid, fine[-1])
-                    _append(graph, node, own, allowed)
-                else:
-                    _attend(graph, node, own)
+        known = sites(graph)
+        shared = [Shared(layers, _inputs(graph, number, known[layers[0]]))
+                  for number, layers in enumerate(groups(known))]
+        ok = (_prefill if self.phase == "prefill" else _extend)(graph, nodes, known, shared)
         output = graph.output_node()
-        with graph.inserting_before(output):
-            ok = _call(graph, aten.stack.default, fine)
-            if self.phase == "extend":
-                allowed = _call(graph, aten.bitwise_and.Tensor, valid,
-                                _call(graph, aten.all.default, ok))
-                for node, own in zip(sites, planes, strict=True):
-                    _append(graph, node, own, allowed)
         output.args = ((output.args[0], ok),)
-        for node in sites:
-            if self.phase == "extend":
-                graph.erase_node(node)
-            else:  # the prompt attends to its exact K and V
-                node.kwargs = {k: v for k, v in node.kwargs.items() if k != "store"}
-        return [Rewritten(i, self.phase) for i in range(len(sites))]
+        return [Rewritten(site.layer, self.phase) for site in known]
 
 
-def _store(node: Node) -> Store:
-    return Store.parse(argument(node, "store"))
+class Shared(NamedTuple):
+    """A group: its layers, by slot, and the inputs that are its planes."""
+
+    layers: list[int]
+    planes: list[Node]
 
 
-def _dims(node: Node) -> tuple[int, int]:
-    k, v = (argument(node, s).meta["val"].shape[-1] for s in SIDES)
-    return int(k), int(v)
+def _prefill(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list[Shared]) -> Node:
+    """Store each layer right before its attention, to exact K and V; bool [layers]."""
+    place = {layer: (own.planes, slot) for own in shared for slot, layer in enumerate(own.layers)}
+    fine: list[Node] = []
+    for site, node in zip(sites, nodes, strict=True):
+        with graph.inserting_before(node):
+            fine.append(_storable(graph, [node], [site]))
+            if len(fine) > 1:
+                fine[-1] = _call(graph, aten.logical_and.default, *fine[-2:])
+            allowed = _call(graph, aten.bitwise_and.Tensor, argument(node, "valid"), fine[-1])
+            planes, slot = place[site.layer]
+            _append(graph, planes, [node], [slot], allowed)
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "store"}
+    with graph.inserting_before(graph.output_node()):
+        return _call(graph, aten.cat.default, fine)
 
 
-def _dtype(node: Node) -> torch.dtype:
-    return argument(node, "k").meta["val"].dtype
+def _extend(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list[Shared]) -> Node:
+    """Attend to what is stored, and store all layers of a group together at the end."""
+    for own in shared:
+        for slot, layer in enumerate(own.layers):
+            with graph.inserting_before(nodes[layer]):
+                _attend(graph, nodes[layer], own.planes, slot)
+    with graph.inserting_before(graph.output_node()):
+        ok = _storable(graph, nodes, sites)
+        allowed = _call(graph, aten.bitwise_and.Tensor, argument(nodes[0], "valid"),
+                        _call(graph, aten.all.default, ok))
+        for own in shared:
+            _append(graph, own.planes, [nodes[i] for i in own.layers], [*range(len(own.layers))],
+                    allowed)
+    for node in nodes:
+        graph.erase_node(node)
+    return ok
 
 
 def _call(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
     return graph.call_function(target, args, kwargs)
 
 
-def _storable(graph: Graph, node: Node) -> Node:
-    """bool []: no NaN, and nothing larger than the formats can hold."""
-    checks = []
-    for side in SIDES:
-        peak = _call(graph, aten.amax.default, _call(graph, aten.abs.default, argument(node, side)))
-        limit = _store(node).limit(side, _dtype(node))
-        checks.append(_call(graph, aten.le.Scalar, peak, limit))
-    return _call(graph, aten.logical_and.default, *checks)
+def _inputs(graph: Graph, number: int, site: Site) -> list[Node]:
+    """The planes of a group as inputs of the graph, after those that it has."""
+    at, planes = [n for n in graph.nodes if n.op == "placeholder"][-1], []
+    for spec in site.store.planes(site.dims, site.dtype):
+        with graph.inserting_after(at):
+            at = graph.placeholder(f"G{number}_{spec.name.replace('.', '_')}")
+        at.meta["plane"] = spec
+        planes.append(at)
+    return planes
 
 
-def _append(graph: Graph, node: Node, planes: list[Node], valid: Node) -> None:
-    k, v, positions = (argument(node, n) for n in ("k", "v", "positions"))
-    _call(graph, APPEND, planes, k, v, positions, valid,
-          store=argument(node, "store"), layer=argument(node, "layer"))
+def _storable(graph: Graph, nodes: list[Node], sites: Sequence[Site]) -> Node:
+    """bool [layers]: no NaN, and nothing larger than the formats can hold."""
+    given = [[argument(n, side) for n in nodes] for side in SIDES]
+    limits = [[s.store.limit(side, s.dtype) for s in sites] for side in SIDES]
+    return _call(graph, STORABLE, *given, *limits)
 
 
-def _attend(graph: Graph, node: Node, planes: list[Node]) -> None:
+def _append(graph: Graph, planes: list[Node], nodes: list[Node], slots: list[int],
+            valid: Node) -> None:
+    k, v = ([argument(n, side) for n in nodes] for side in SIDES)
+    _call(graph, APPEND, planes, k, v, argument(nodes[0], "positions"), valid,
+          store=argument(nodes[0], "store"), slots=slots)
+
+
+def _attend(graph: Graph, node: Node, planes: list[Node], slot: int) -> None:
     q, k, v, positions, valid, sinks = (
         argument(node, n) for n in ("q", "k", "v", "positions", "valid", "sinks"))
-    options = {n: argument(node, n) for n in ("scale", "window", "softcap", "store", "layer")}
-    both = _call(graph, ATTEND, q, k, v, planes, positions, valid, sinks, **options)
+    options = {n: argument(node, n) for n in ("scale", "window", "softcap", "store")}
+    both = _call(graph, ATTEND, q, k, v, planes, positions, valid, sinks, **options, slot=slot,
+                 layer=argument(node, "layer"))
     o = _call(graph, operator.getitem, both, 0)
     o.meta = dict(node.meta)
     node.replace_all_uses_with(o)

@@ -60,13 +60,13 @@ def test_generate_over_a_kvcache_equals_optimize(recipe):
 def test_the_cache_is_attended_to_as_stored(monkeypatch):
     """No graph asks the cache for decoded K and V once it is compiled."""
     calls = []
-    original = kvcompile.cache.Layer.reserve
+    original = kvcompile.cache.Group.reserve
 
     def reserve(self, counts):
         calls.append(self.site.layer)
         return original(self, counts)
 
-    monkeypatch.setattr(kvcompile.cache.Layer, "reserve", reserve)
+    monkeypatch.setattr(kvcompile.cache.Group, "reserve", reserve)
     graphs = []
     from kvcompile import backend
     monkeypatch.setattr(backend, "compile_dynamo", lambda gm, inputs: graphs.append(gm) or gm)

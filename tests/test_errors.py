@@ -77,11 +77,11 @@ def test_a_capture_that_fails_names_the_line():
 def test_cache_full_before_anything_is_written():
     model = kvcompile.optimize(optimized("llama"), "kivi(bits=4)", compile=False, max_length=64)
     cache = model(prompt(60), use_cache=True).past_key_values
-    before = [p.clone() for layer in cache.stores for p in layer.planes]
+    before = [p.clone() for group in cache.groups for p in group.planes]
     with pytest.raises(CacheFullError) as info:
         model(prompt(5), past_key_values=cache)
     assert line(info) == "60 cached and 5 new tokens exceed max_length=64"
-    after = [p for layer in cache.stores for p in layer.planes]
+    after = [p for group in cache.groups for p in group.planes]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert model(prompt(4), past_key_values=cache).past_key_values.get_seq_length() == 64
 
@@ -103,7 +103,7 @@ def test_nan_is_named_by_layer_and_rolled_back(recipe):
     model, ids = optimized("llama", recipe), prompt(150)
     weight = plain("llama").model.layers[1].self_attn.k_proj.weight
     cache = model(ids, use_cache=True).past_key_values
-    planes = [p.clone() for layer in cache.stores for p in layer.planes]
+    planes = [p.clone() for group in cache.groups for p in group.planes]
     kept = weight[0, 0].item()
     try:
         with torch.no_grad():
@@ -117,7 +117,7 @@ def test_nan_is_named_by_layer_and_rolled_back(recipe):
         with torch.no_grad():
             weight[0, 0] = kept
     assert cache.get_seq_length() == 150
-    now = [p for layer in cache.stores for p in layer.planes]
+    now = [p for group in cache.groups for p in group.planes]
     assert all(torch.equal(a, b[: a.shape[0]] if a.dim() > 2 and a.shape[0] < b.shape[0] else b)
                for a, b in zip(planes, now, strict=True) if a.dtype != torch.int32)
     fresh = model(ids, use_cache=True).past_key_values

@@ -6,8 +6,7 @@
     select_decomp_table   to which the bodies of inlined kvc ops are added
     make_fx   Dynamo graphs as ATen ops before any decomposition
     torch._subclasses.FakeTensorMode, ShapeEnv, StatelessSymbolicContext, DimDynamic   inputs with
-        symbolic sizes that share no symbol (duck_shape=False), since pools of equal size now need
-        not be equal later
+        symbolic sizes
 """
 
 from collections.abc import Callable, Sequence
@@ -37,12 +36,13 @@ def compile_graph(gm: GraphModule, inputs: Sequence[Tensor],
     """Compile `gm` with Inductor for inputs like `inputs`; sizes of the `dynamic` dims may vary.
 
     A dynamic dim must have a size of at least 2 in `inputs`; the compiled function takes any size.
+    Dynamic dims of equal size in `inputs` are one symbol: they must always be equal.
     """
-    env = ShapeEnv(duck_shape=False)
+    env = ShapeEnv(duck_shape=True)
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     fakes = []
     for i, (x, dims) in enumerate(zip(inputs, dynamic, strict=True)):
-        sizes = [DimDynamic.DYNAMIC if d in dims else DimDynamic.STATIC for d in range(x.dim())]
+        sizes = [DimDynamic.DUCK if d in dims else DimDynamic.STATIC for d in range(x.dim())]
         context: StatelessSymbolicContext = StatelessSymbolicContext(dynamic_sizes=sizes)
         fakes.append(mode.from_tensor(x, symbolic_context=context,
                                       source=ConstantSource(f"__kvc_{i}")))
