@@ -9,11 +9,13 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from kvcompile.backend.inductor import compile_graph
+from kvcompile.backend.linears import merge_linears
 from kvcompile.errors import KVCompileError
 from kvcompile.format import PAGE
 from kvcompile.own_cache import OwnCache
 from kvcompile.planes import Layer
 from kvcompile.program import Program
+from kvcompile.rewrite import copy_graph
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +95,8 @@ class Engine:
                 else:
                     inputs.append(plane.new_zeros(batch, site.heads, 3))
                     dynamic.append([*rows, 2])
-        gm = GraphModule(self.program.phases["extend"], self.program.phases["extend"].graph)
+        gm = copy_graph(self.program.phases["extend"])
+        merge_linears(gm, inputs)
         return compile_graph(gm, inputs, dynamic)
 
 
