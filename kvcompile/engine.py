@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from kvcompile.backend.inductor import compile_graph
+from kvcompile.backend.linears import merge_linears
 from kvcompile.errors import KVCompileError
 from kvcompile.own_cache import OwnCache
 from kvcompile.planes import Group
 from kvcompile.program import Program
+from kvcompile.rewrite import copy_graph
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +100,8 @@ class Engine:
                 else:
                     inputs.append(plane)
                     dynamic.append([d + 1 for d in rows])
-        gm = GraphModule(self.program.phases["extend"], self.program.phases["extend"].graph)
+        gm = copy_graph(self.program.phases["extend"])
+        merge_linears(gm, inputs)
         return compile_graph(gm, inputs, dynamic)
 
 

@@ -4,7 +4,11 @@
     kvc.rope       rotary embedding, explicit so that keys can be cached before or after it
     kvc.append     store this call's tokens of some layers (mutates the planes in place)
     kvc.attend     attention over what earlier calls stored and, exactly, this call's tokens
+<<<<<<< HEAD
     kvc.storable   bool [layers]: no NaN in k and v, and no magnitude above the layer's limits
+=======
+    kvc.linear     linears of the same input, side by side (compiled decode steps only)
+>>>>>>> linear
 
 Two more serve models that fill a KVCache by their own code. They take a handle of the cache, so
 that its planes may grow between calls without a graph noticing:
@@ -16,7 +20,7 @@ Shapes: q [B, Hq, S, Dk], k [B, H, S, Dk], v [B, H, S, Dv], positions and valid 
 False for padding: such tokens are neither seen nor stored). `store` is the text of a
 `kvcompile.store.Store`; `planes` are its tensors in `Store.planes` order, shared by all layers of
 a group, and a layer's index there is its `slot`. `window` counts tokens of the row, the query
-included (0: no window). The bodies live in `kernels/eager.py`.
+included (0: no window). The bodies live in `kernels/`.
 """
 
 from collections.abc import Callable
@@ -52,6 +56,7 @@ LIB.define(
     "decode(Tensor(a!) cache, Tensor q, Tensor k, Tensor v, Tensor? mask, *, float scale, "
     "str recipe='', int layer) -> Tensor"
 )
+LIB.define("linear(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor")
 
 ATTENTION = torch.ops.kvc.attention.default
 ROPE = torch.ops.kvc.rope.default
@@ -60,6 +65,7 @@ ATTEND = torch.ops.kvc.attend.default
 STORABLE = torch.ops.kvc.storable.default
 UPDATE = torch.ops.kvc.update.default
 DECODE = torch.ops.kvc.decode.default
+LINEAR = torch.ops.kvc.linear.default
 OPS = (ATTENTION, ROPE, APPEND, ATTEND, STORABLE)
 
 
@@ -101,6 +107,11 @@ def _(cache, k, v, *, length, layer):  # type: ignore[no-untyped-def]
 @torch.library.register_fake("kvc::decode", lib=LIB)
 def _(cache, q, k, v, mask, *, scale, recipe="", layer):  # type: ignore[no-untyped-def]
     return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+
+@torch.library.register_fake("kvc::linear", lib=LIB)
+def _(x, weights, biases):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], sum(w.shape[0] for w in weights))
 
 
 INLINED: dict[OpOverload, Callable[..., Any]] = {}  # ops that a compiler should see through

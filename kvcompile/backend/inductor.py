@@ -1,4 +1,4 @@
-"""The door to torch's private compiler API (torch 2.13). Nothing else imports it.
+"""The door to torch's private compiler API (torch 2.13). Only template.py beside it imports more.
 
     torch._inductor.compile_fx.compile_fx      compile an fx graph without Dynamo: no guards are
         evaluated per call (a decode step has hundreds of planes and weights), nothing can recompile
@@ -28,6 +28,8 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
 )
 
+import kvcompile.backend.kernels  # noqa: F401  # what ops are lowered to
+from kvcompile.backend.template import cache_key
 from kvcompile.ir import INLINED
 
 
@@ -47,7 +49,7 @@ def compile_graph(gm: GraphModule, inputs: Sequence[Tensor],
         fakes.append(mode.from_tensor(x, symbolic_context=context,
                                       source=ConstantSource(f"__kvc_{i}")))
     with torch.no_grad():
-        return cast(Callable, compile_fx(gm, fakes, decompositions=_decompositions()))
+        return _compile(gm, fakes)
 
 
 def to_aten(gm: GraphModule) -> GraphModule:
@@ -70,8 +72,9 @@ def frame() -> int:
 
 def compile_dynamo(gm: GraphModule, inputs: Sequence) -> Callable:
     """Compile what a Dynamo backend was given, with Inductor."""
-    return cast(Callable, compile_fx(gm, list(inputs), decompositions=_decompositions()))
+    return _compile(gm, inputs)
 
 
-def _decompositions() -> dict:
-    return {**select_decomp_table(), **INLINED}
+def _compile(gm: GraphModule, inputs: Sequence) -> Callable:
+    return cast(Callable, compile_fx(gm, list(inputs), config_patches=cache_key(),
+                                     decompositions={**select_decomp_table(), **INLINED}))

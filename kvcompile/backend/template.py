@@ -1,0 +1,119 @@
+"""Kernels of our own in graphs that Inductor compiles: C++ text around given buffers.
+
+Private API of torch 2.13, and why:
+
+    ir.CppTemplateBuffer, CppTemplateKernel, PartialRender's hooks   the one way to have C++ of our
+        own compiled, called and cached with the rest of a graph, without a dispatcher call
+    register_lowering   what takes the place of a kvc op; torch._inductor.lowering must be imported
+        before any template is
+    V.graph.no_fuse_buffer_names   our text takes no epilogues, so nothing may be fused to its output
+    config.unsafe_marked_cacheable_functions   part of the key of Inductor's caches, which do not
+        see the text of a lowering: stale kernels would come back from the disk
+"""
+
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+import torch._inductor.lowering  # noqa: F401  # before the other parts of Inductor
+from torch._inductor import ir
+from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
+from torch._inductor.codegen.cpp_utils import cexpr_index
+from torch._inductor.lowering import fallback_handler, register_lowering
+from torch._inductor.utils import Placeholder, parallel_num_threads
+from torch._inductor.virtualized import V
+from torch._ops import OpOverload
+
+HEADER = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
+LOWERED: dict[str, str] = {}  # op -> the hash of the text that it is compiled from
+
+
+def lowering(op: OpOverload, *texts: ModuleType) -> Callable[[Callable], Callable]:
+    """Register the decorated function as what Inductor makes of kvc op `op`.
+
+    It gets the op's arguments as Inductor's nodes, and returns `kernel(...)`, or None for the op's
+    body. `texts` are the modules that its C++ comes from, other than its own and this one.
+    """
+
+    def register(function: Callable) -> Callable:
+        plain = fallback_handler(op)
+
+        def lower(*args: Any, **kwargs: Any) -> Any:
+            out = function(*args, **kwargs)
+            return plain(*args, **kwargs) if out is None else out
+
+        register_lowering(op, type_promotion_kind=None)(lower)
+        files = [inspect.getfile(m) for m in (function, *texts)]
+        digest = hashlib.sha256()
+        for file in (__file__, *files):
+            digest.update(Path(file).read_bytes())
+        LOWERED[str(op)] = digest.hexdigest()
+        return function
+
+    return register
+
+
+def kernel(name: str, functions: str, statements: str, inputs: Mapping[str, Any],
+           size: Sequence[Any], dtype: torch.dtype) -> ir.TensorBox:
+    """A contiguous tensor of `size` and `dtype`, computed by a C++ function on the CPU.
+
+    `functions` is what stands before it and `statements` its body. There, input `a` is the pointer
+    `a` to its first element, `a_size[]` and `a_stride[]` (int64_t, in elements; 0-d tensors have
+    neither), and the result is the pointer `out`. Inputs may be views and may share memory.
+    The text must not contain three single quotes in a row.
+    """
+    nodes = {key: ir.ExternKernel.realize_input(node) for key, node in inputs.items()}
+    layout = ir.FixedLayout(torch.device("cpu"), dtype, list(size))
+    text = _Text(name, functions, statements, nodes)
+    buffer = ir.CppTemplateBuffer(layout, list(nodes.values()), text.make, cast(Any, text), None)
+    V.graph.no_fuse_buffer_names.add(buffer.get_name())
+    return cast(ir.TensorBox, ir.TensorBox.create(buffer))
+
+
+def contiguous(node: Any) -> Any:
+    """`node`, copied if its elements do not lie one after another."""
+    return ir.ExternKernel.require_contiguous(node)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What Inductor asks for when it writes the kernel."""
+
+    name: str
+    functions: str
+    statements: str
+    inputs: Mapping[str, Any]
+
+    def make(self, out: Any, **_: Any) -> tuple[CppTemplateKernel, Callable[[], str]]:
+        made = CppTemplateKernel(str(Placeholder.KERNEL_NAME), parallel_num_threads())
+        return made, lambda: made.render(self, out=out)
+
+    def render(self, kernel: CppTemplateKernel, out: Any) -> str:
+        """The C++ file; buffers that several inputs read are one argument of the function."""
+        arguments = {node.get_name(): f"in{i}" for i, node in enumerate(self.inputs.values())}
+        buffers = {arguments[node.get_name()]: node for node in self.inputs.values()}
+        offsets = [node.get_layout().offset for node in self.inputs.values()]
+        head = kernel.def_kernel(buffers, {"out": out}, extra_sizevars=offsets)
+        lines = []
+        for (key, node), offset in zip(self.inputs.items(), offsets, strict=True):
+            place = cexpr_index(kernel.rename_indexing(offset))
+            lines.append(f"const auto* {key} = {arguments[node.get_name()]} + {place};")
+            for what, values in (("size", node.get_size()), ("stride", node.get_stride())):
+                texts = [cexpr_index(kernel.rename_indexing(v)) for v in values]
+                if texts:
+                    lines.append(f"[[maybe_unused]] const int64_t {key}_{what}[] = "
+                                 f"{{{', '.join(texts)}}};")
+        declarations = "\n".join(lines)
+        return (f'{HEADER}{self.functions}\nextern "C" {head}\n'
+                f"{{\n{declarations}\n{self.statements}\n}}\n")
+
+
+def cache_key() -> dict[str, Any]:
+    """Settings of Inductor that make the texts of all kernels part of its caches' keys."""
+    marked = torch._inductor.config.unsafe_marked_cacheable_functions
+    return {"unsafe_marked_cacheable_functions": {**marked, **LOWERED}}
