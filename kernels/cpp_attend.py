@@ -11,7 +11,8 @@ from kvcompile.format import PAGE
 from kvcompile.kernels.dense import CPP
 from kvcompile.store import SIDES, Store
 
-HEADERS = ("vector.h", "coded.h", "dense.h", "attend.h")
+FILES = tuple(Path(__file__).parent / "cpp" / name
+              for name in ("vector.h", "coded.h", "dense.h", "attend.h"))
 TIERS = ("sinks", "body", "recent")
 
 
@@ -45,8 +46,42 @@ def unsupported(store: Store, shape: Shape) -> str | None:
 @cache
 def headers() -> str:
     """What every kernel's text starts with."""
-    folder = Path(__file__).parent / "cpp"
-    return "\n".join((folder / name).read_text() for name in HEADERS)
+    return "\n".join(file.read_text() for file in FILES)
+
+
+def functions(store: Store, shape: Shape, threads: int) -> str:
+    """What stands before the kernel's function."""
+    return f"{headers()}\n{config(store, shape, threads)}"
+
+
+def statements(store: Store, shape: Shape) -> str:
+    """The kernel's statements: q, k, v, valid, sinks, plane0.. (the count first) and slot -> out.
+
+    Planes hold all layers of a group; `slot` points to the layer's number. `<name>_size` and
+    `_stride` are the sizes and strides of a tensor.
+    """
+    dtype = CPP[shape.dtype]
+    pointer = f"const {'float' if dtype == 'float' else 'kvc::' + dtype}*"
+    lines = ["const int64_t batch = q_size[0];", "Config::Tiers tiers;"]
+    at = 1
+    for side, dim in zip(SIDES, shape.dims, strict=True):
+        for tier in store.tiers(side):
+            name = f"tiers.{side}_{tier}"
+            pools = len(store.format(side, tier).planes(dim, shape.dtype, side))
+            lines += [f"{name}.pages = plane{at}_size[3];",
+                      f"{name}.table = plane{at} + slot[0] * batch * Config::H * {name}.pages;"]
+            lines += [f"{name}.plane[{i}] = plane{at + 1 + i};" for i in range(pools)]
+            at += 1 + pools
+    lines += [f"const auto* q_ = ({pointer})q;", f"const auto* k_ = ({pointer})k;",
+              f"const auto* v_ = ({pointer})v;", f"auto* out_ = (std::remove_const_t<"
+              f"std::remove_pointer_t<{pointer}>>*)out;",
+              "kvc::attend<Config, std::remove_pointer_t<decltype(out_)>>(tiers, plane0 + slot[0] *"
+              f" batch * Config::H, valid, {'sinks' if shape.sinks else 'nullptr'}, batch,"]
+    lines += [f"    [&](long b, long h) {{ return {x}_ + b * {x}_stride[0] + h * {x}_stride[1]; }},"
+              for x in "qkv"]
+    lines.append("    [&](long b, long h) { return out_ + (b * Config::H * Config::G + h) * "
+                 "Config::DV; });")
+    return "\n".join(lines)
 
 
 def config(store: Store, shape: Shape, threads: int) -> str:

@@ -4,11 +4,8 @@
     kvc.rope       rotary embedding, explicit so that keys can be cached before or after it
     kvc.append     store this call's tokens of some layers (mutates the planes in place)
     kvc.attend     attention over what earlier calls stored and, exactly, this call's tokens
-<<<<<<< HEAD
-    kvc.storable   bool [layers]: no NaN in k and v, and no magnitude above the layer's limits
-=======
-    kvc.linear     linears of the same input, side by side (compiled decode steps only)
->>>>>>> linear
+    kvc.storable   whether this call's K and V may be stored, layer by layer
+    kvc.linear     linears of one input, read as one
 
 Two more serve models that fill a KVCache by their own code. They take a handle of the cache, so
 that its planes may grow between calls without a graph noticing:

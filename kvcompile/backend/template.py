@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 import torch._inductor.lowering  # noqa: F401  # before the other parts of Inductor
 from torch._inductor import ir
+from torch._inductor import lowering as lowerings
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
 from torch._inductor.codegen.cpp_utils import cexpr_index
 from torch._inductor.lowering import fallback_handler, register_lowering
@@ -33,11 +34,11 @@ HEADER = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
 LOWERED: dict[str, str] = {}  # op -> the hash of the text that it is compiled from
 
 
-def lowering(op: OpOverload, *texts: ModuleType) -> Callable[[Callable], Callable]:
+def lowering(op: OpOverload, *texts: ModuleType | Path) -> Callable[[Callable], Callable]:
     """Register the decorated function as what Inductor makes of kvc op `op`.
 
     It gets the op's arguments as Inductor's nodes, and returns `kernel(...)`, or None for the op's
-    body. `texts` are the modules that its C++ comes from, other than its own and this one.
+    body. `texts` are the modules and files that its C++ comes from, beside its own and this one.
     """
 
     def register(function: Callable) -> Callable:
@@ -48,7 +49,7 @@ def lowering(op: OpOverload, *texts: ModuleType) -> Callable[[Callable], Callabl
             return plain(*args, **kwargs) if out is None else out
 
         register_lowering(op, type_promotion_kind=None)(lower)
-        files = [inspect.getfile(m) for m in (function, *texts)]
+        files = [m if isinstance(m, Path) else inspect.getfile(m) for m in (function, *texts)]
         digest = hashlib.sha256()
         for file in (__file__, *files):
             digest.update(Path(file).read_bytes())
@@ -78,6 +79,28 @@ def kernel(name: str, functions: str, statements: str, inputs: Mapping[str, Any]
 def contiguous(node: Any) -> Any:
     """`node`, copied if its elements do not lie one after another."""
     return ir.ExternKernel.require_contiguous(node)
+
+
+def last_contiguous(node: Any) -> Any:
+    """`node`, copied if its elements do not lie one after another in the last dim."""
+    node = ir.ExternKernel.realize_input(node)
+    one = V.graph.sizevars.statically_known_equals(node.get_stride()[-1], 1)
+    return node if one else ir.ExternKernel.require_contiguous(node)
+
+
+def constant(value: int) -> Any:
+    """An int32 tensor [1] that the compiled module holds: kernels that differ in nothing else are
+    compiled once."""
+    return V.graph.add_tensor_constant(torch.tensor([value], dtype=torch.int32))
+
+
+def to_dtype(node: Any, dtype: torch.dtype) -> Any:
+    return node if node.get_dtype() == dtype else lowerings.to_dtype(node, dtype)
+
+
+def threads() -> int:
+    """Threads that a kernel may use."""
+    return parallel_num_threads()
 
 
 @dataclass(frozen=True)
