@@ -127,7 +127,10 @@ class Coded:
         return x.transpose(-1, -2).flatten(-3, -2) if self.axis == "channel" else x.flatten(-2)
 
     def cpp(self, dim: int, dtype: torch.dtype, side: Side) -> str:
-        """The C++ type that reads the planes (`kernels/cpp/coded.h`)."""
+        """The C++ type that reads the planes (`kernels/cpp/coded.h`); RecipeError if none does."""
+        rest = v_bytes(dim % (128 // self.values.bits), self.values.bits)
+        if side == "v" and self.axis == "token" and self.group < dim and rest and 16 % rest:
+            raise RecipeError(f"{rest} channels abreast cut a group of {self.group}")
         group = self.group if self.axis == "channel" else self._group(dim)
         scale = "half" if self.scale_dtype is torch.float16 else "exponent"
         low = "true" if self.has_low else "false"

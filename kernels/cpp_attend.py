@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from kvcompile.errors import RecipeError
-from kvcompile.format import PAGE
+from kvcompile.format import PAGE, term_of
 from kvcompile.kernels.dense import CPP
 from kvcompile.store import SIDES, Store
 
@@ -40,6 +40,10 @@ def unsupported(store: Store, shape: Shape) -> str | None:
             fmt = store.format(side, tier)
             if not hasattr(fmt, "cpp"):
                 return f"format {fmt.name} has no C++ reader"
+            try:
+                fmt.cpp(dim, shape.dtype, side)
+            except RecipeError as error:
+                return f"{term_of(fmt)}: {error}"
     return None
 
 

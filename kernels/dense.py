@@ -41,7 +41,7 @@ class Dense:
         if self.dtype == "same":
             return torch.zeros_like(x)
         info = torch.finfo(x.dtype)  # round to nearest: half an ulp, or half the smallest step
-        return x.abs() * info.eps / 2 + info.smallest_normal * info.eps / 2
+        return x.float().abs() * info.eps / 2 + info.smallest_normal * info.eps / 2
 
     def limit(self, dtype: torch.dtype) -> float:
         return torch.finfo(DTYPES.get(self.dtype, dtype)).max

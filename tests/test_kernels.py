@@ -1,0 +1,178 @@
+"""kvc.attend's kernel against its plain body, on random caches, through Inductor."""
+
+import operator
+
+import pytest
+import torch
+from torch._inductor import config
+from torch._inductor.utils import run_and_get_code
+
+from kvcompile.backend.inductor import compile_graph
+from kvcompile.ir import APPEND, ATTEND
+from kvcompile.kernels import cpp_attend
+from kvcompile.planes import Group
+from kvcompile.site import Site
+from kvcompile.store import Store
+
+KIVI = ("store(k=int(bits={0}, axis=channel, group={1}), k_block=128, "
+        "v=int(bits={0}, group={1}), v_lag=128)")
+LENGTHS = (0, 1, 15, 127, 128, 129, 255, 256, 300, 517)
+
+
+class Case:
+    """A layer with random tokens in rows of different lengths, and one query more for each."""
+
+    def __init__(self, store, heads=2, group=3, dims=(64, 64), dtype=torch.float32,
+                 lengths=LENGTHS, **options):
+        self.store, self.dtype, self.options = Store.parse(store), dtype, options
+        site = Site(0, heads * group, heads, dims, dtype, options.get("window", 0), self.store)
+        rows, most = len(lengths), max(lengths)
+        g = torch.Generator().manual_seed(0)
+        k, v = (torch.randn(rows, heads, most, d, generator=g).to(dtype) for d in dims)
+        k[..., 5] *= 8                                              # an outlier channel
+        self.layers = Group([site, site], rows, torch.device("cpu"))
+        self.layers.reserve(list(lengths))
+        valid = torch.arange(most)[None] < torch.tensor(lengths)[:, None]
+        at = torch.arange(most).expand(rows, -1)
+        APPEND(self.layers.planes, [k], [v], at, valid, store=str(self.store), slots=[1])
+        self.q = torch.randn(rows, heads * group, 1, dims[0], generator=g).to(dtype)
+        self.k, self.v = (torch.randn(rows, heads, 1, d, generator=g).to(dtype) for d in dims)
+        self.k_peak, self.v_peak = float(k.abs().max()), max(float(v.abs().max()), 4.0)
+        self.valid = torch.ones(rows, 1, dtype=torch.bool)
+        self.positions = torch.tensor(lengths)[:, None]
+        self.sinks = torch.randn(heads * group, generator=g) if options.pop("sinks", 0) else None
+        self.shape = cpp_attend.Shape(heads, group, dims, dtype, dims[0]**-0.5,
+                                      options.get("window", 0), options.get("softcap", 0.0),
+                                      self.sinks is not None)
+
+    def arguments(self, q, k, v):
+        options = dict(scale=self.shape.scale, store=str(self.store), slot=1, **self.options)
+        return (q, k, v, self.layers.planes, self.positions, self.valid, self.sinks), options
+
+    def fused(self):
+        """What Inductor makes of the op, for any pages and batch, and its C++ texts."""
+        graph = torch.fx.Graph()
+        flat = [self.q, self.k, self.v, *self.layers.planes, self.positions, self.valid]
+        flat += [] if self.sinks is None else [self.sinks]
+        nodes = [graph.placeholder(f"x{i}") for i in range(len(flat))]
+        planes = nodes[3 : 3 + len(self.layers.planes)]
+        positions, valid, *sinks = nodes[3 + len(planes):]
+        _, options = self.arguments(self.q, self.k, self.v)
+        both = graph.call_function(
+            ATTEND, (*nodes[:3], planes, positions, valid, sinks[0] if sinks else None), options)
+        graph.output((graph.call_function(operator.getitem, (both, 0)),))
+        rows = [[0]] * 3 + [[1]] + [[0] if s.shape else [1, 3] for s in self.layers.specs[1:]]
+        rows += [[0], [0]] + [[]] * len(sinks)
+        dynamic = [[d for d in dims if x.shape[d] > 1] for x, dims in zip(flat, rows, strict=True)]
+        gm = torch.fx.GraphModule({}, graph)
+        with torch.no_grad(), config.patch(force_disable_caches=True):
+            run, texts = run_and_get_code(lambda: compile_graph(gm, flat, dynamic))
+            return run(*flat)[0], "".join(texts)
+
+    def check(self):
+        given, options = self.arguments(*(x.float() for x in (self.q, self.k, self.v)))
+        want, _ = ATTEND(*given, **options)
+        got, texts = self.fused()
+        assert "kvc::attend<Config" in texts, "the plain body was run"
+        error = (got.float() - want).abs().max()
+        assert error <= self.tolerance(want), (error, self.tolerance(want))
+        return got
+
+    def tolerance(self, want):
+        """Rounding of both sides: 2 gamma(D + 2) scale sum |q||k| in a logit, gamma(T) Vmax.
+
+        16-bit models round q and the weights to 16-bit integers of the largest in a step or block,
+        2^x to 3e-6, and the output to their own type.
+        """
+        eps, (dk, _) = 2.0**-24, self.shape.dims
+        peak = float(self.q.abs().amax()) * self.k_peak * dk * self.shape.scale
+        tokens = int(self.positions.max()) + 1
+        logit, weights = 2 * (dk + 4) * eps * peak, 2 * tokens * eps + 4 * 8e-8
+        if self.dtype is not torch.float32:
+            logit += 2 * peak / 65534                # |error of q| <= unit / 2, codes span 2 peaks
+            weights += 2 * 128 / 65534 + 4 * 3e-6    # sum of block peaks <= sum of weights
+        last = float(want.abs().max()) * torch.finfo(self.dtype).eps / 2
+        return (2.718281828**(2 * logit) - 1 + weights) * self.v_peak + last
+
+
+QUICK = {
+    "kivi4": dict(store=KIVI.format(4, 32)),
+    "kivi2-80": dict(store=KIVI.format(2, 16), dims=(80, 80), group=1),
+    "dense": dict(store="store", group=8),
+    "sinks-window": dict(store="store(k=int(bits=4, axis=channel), k_block=128, v=int(bits=4), "
+                               "v_lag=128, sinks=4, window=300)", group=2),
+    "int8-softcap": dict(store="store(k=int, v=int)", window=77, softcap=20.0, sinks=True),
+    "fp8": dict(store="store(k=fp8, v=fp8(kind=e5m2))", dims=(32, 96), group=4),
+    "nf4": dict(store="store(k=nf4(axis=channel), v=nf4)", group=5),
+    "bf16": dict(store=KIVI.format(4, 64), dtype=torch.bfloat16, dims=(128, 128), group=4),
+    "bf16-symmetric": dict(store="store(k=int(bits=4, symmetric=true), k_lag=5, "
+                                 "v=int(bits=2, symmetric=true, axis=channel))",
+                           dtype=torch.bfloat16, dims=(64, 96), window=200),
+    "fp16": dict(store=KIVI.format(2, 32), dtype=torch.float16, group=9),
+}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_the_kernel_is_the_body(name):
+    Case(**QUICK[name]).check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("group", range(1, 9))
+@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_head_sizes_and_ratios(bits, dim, group, dtype):
+    Case(KIVI.format(bits, 16 if dim % 32 else 32), 2, group, (dim, dim), dtype).check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("group", [16, 32, 64, 128])
+@pytest.mark.parametrize("axes", [(k, v) for k in ("channel", "token") for v in ("channel", "token")],
+                         ids="-".join)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_axes_and_groups(bits, axes, group, dtype):
+    k, v = (f"int(bits={bits}, axis={axis}, group={group})" for axis in axes)
+    Case(f"store(k={k}, v={v})", dims=(128, 128), dtype=dtype).check()
+
+
+@pytest.mark.parametrize("store", ["store", "store(k=int, v=int(bits=4))"])
+def test_heads_may_hold_different_numbers_of_tokens(store):
+    case = Case(store, lengths=(300, 130))
+    case.layers.planes[0][1, 0, 1] = 17
+    case.layers.planes[0][1, 1, 0] = 0
+    case.check()
+
+
+def test_padding_gets_zeros_and_a_batch_is_its_rows():
+    case = Case(**QUICK["kivi4"])
+    case.valid[3] = False
+    got = case.check()
+    assert not got[3].any()
+    alone = Case(**QUICK["kivi4"], lengths=(517,))
+    every = Case(**QUICK["kivi4"], lengths=(517, 517))
+    assert torch.isfinite(alone.check()).all() and torch.isfinite(every.check()).all()
+
+
+@pytest.mark.parametrize("name", ["kivi4", "fp8", "nf4", "bf16-symmetric", "fp16"])
+def test_other_machines(name, monkeypatch):
+    """The text for machines without AVX-512 gives the same."""
+    text = "#define KVC_PORTABLE\n" + cpp_attend.headers()
+    monkeypatch.setattr(cpp_attend, "headers", lambda: text)
+    Case(**QUICK[name]).check()
+
+
+@pytest.mark.parametrize("store, dims, names", [
+    ("store", (24, 24), "head dimension 24 is not a multiple of 16"),
+    ("store(v=int(bits=2, group=16))", (64, 48), "12 channels abreast cut a group"),
+])
+def test_what_has_no_kernel_says_why(store, dims, names):
+    shape = cpp_attend.Shape(2, 3, dims, torch.float32, 0.125)
+    assert names in cpp_attend.unsupported(Store.parse(store), shape)
+    case = Case(store, dims=dims)
+    given, options = case.arguments(case.q, case.k, case.v)
+    want, _ = ATTEND(*given, **options)
+    got, texts = case.fused()
+    assert "kvc::attend<Config" not in texts
+    assert torch.equal(got, want)
