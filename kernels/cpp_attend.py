@@ -12,7 +12,7 @@ from kvcompile.kernels.dense import CPP
 from kvcompile.store import SIDES, Store
 
 FILES = tuple(Path(__file__).parent / "cpp" / name
-              for name in ("vector.h", "coded.h", "dense.h", "attend.h"))
+              for name in ("vector.h", "coded.h", "dense.h", "wrapper.h", "attend.h"))
 TIERS = ("sinks", "body", "recent")
 
 
@@ -98,7 +98,7 @@ def config(store: Store, shape: Shape, threads: int) -> str:
         f"DV = {shape.dims[1]}, THREADS = {threads};",
         f"static constexpr long SINKS = {store.sinks}, WINDOW = {store.window}, "
         f"GRAIN = {store.grain}, SEEN = {shape.window};",
-        f"static constexpr float SCALE = {shape.scale!r}f, SOFTCAP = {float(shape.softcap)!r}f;",
+        f"static constexpr float SCALE = {float(shape.scale)!r}f, SOFTCAP = {float(shape.softcap)!r}f;",
         f"static constexpr bool HAS_SINKS = {_bool(shape.sinks)}, "
         f"ROUGH = {_bool(shape.dtype is not torch.float32)};",
     ]
@@ -112,23 +112,16 @@ def config(store: Store, shape: Shape, threads: int) -> str:
                 lines.append(f"using {up}{name} = kvc::None;")
                 continue
             reader = store.format(side, tier).cpp(dim, shape.dtype, side)  # type: ignore[attr-defined]
-            lines.append(f"using {up}{name} = kvc::{_qualified(reader)};")
+            lines.append(f"using {up}{name} = {reader};")
             members.append(f"{side}_{tier}")
             if tier != "sinks":
                 ring = store.ring(side, tier)
                 lines.append(f"static constexpr long {up}_{tier.upper()}_RING = "
                              f"{0 if ring is None else ring // PAGE};")
     lines.append(f"struct Tiers {{ kvc::Tier {', '.join(members)}; }};")
-    return "struct Config {\n    " + "\n    ".join(lines) + "\n};"
+    text = "\n    ".join(lines)
+    return f"namespace kvc {{\nstruct Config {{\n    {text}\n}};\n}}\nusing kvc::Config;"
 
 
 def _bool(value: bool) -> str:
     return "true" if value else "false"
-
-
-def _qualified(reader: str) -> str:
-    """The reader's C++ type with its names looked up in kvc."""
-    for name in ("Whole<", "Table<", "Float8<", "channel_axis", "token_axis", " half", " exponent",
-                 " bf16"):
-        reader = reader.replace(name, f" kvc::{name.strip()}")
-    return reader

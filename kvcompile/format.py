@@ -48,6 +48,32 @@ class StepPlane(NamedTuple):
             return pages.unsqueeze(first)
         return pages.movedim(first + self.at, first)
 
+    def coarser(self, steps: int) -> "StepPlane":
+        """The same memory in steps of `steps` of these."""
+        if steps == 1:
+            return self
+        wide = min(steps, self.lanes)  # steps that lie abreast in a coarser one
+        inside = (*self.shape[: self.at], wide, *self.shape[self.at :])
+        outer = () if steps <= self.lanes else (steps // wide,)
+        return StepPlane(self.dtype, (*outer, *inside), self.lanes // wide, self.at)
+
+    def join(self, x: Tensor, steps: int) -> Tensor:
+        """[..., n * steps, *shape] -> [..., n, *coarser(steps).shape]."""
+        if steps == 1:
+            return x
+        wide, rest = min(steps, self.lanes), len(self.shape)
+        x = x.unflatten(-rest - 1, (-1, steps // wide, wide)).movedim(-rest - 1, -rest - 1 + self.at)
+        return x.squeeze(-rest - 2) if steps <= self.lanes else x
+
+    def split(self, x: Tensor, steps: int) -> Tensor:
+        """Inverse of `join`."""
+        if steps == 1:
+            return x
+        wide, rest = min(steps, self.lanes), len(self.shape)
+        if steps <= self.lanes:
+            x = x.unsqueeze(-rest - 2)
+        return x.movedim(-rest - 1 + self.at, -rest - 1).flatten(-rest - 3, -rest - 1)
+
 
 Planes = dict[str, StepPlane]
 

@@ -108,6 +108,13 @@ QUICK = {
     "bf16-symmetric": dict(store="store(k=int(bits=4, symmetric=true), k_lag=5, "
                                  "v=int(bits=2, symmetric=true, axis=channel))",
                            dtype=torch.bfloat16, dims=(64, 96), window=200),
+    "hadamard": dict(store="store(k=hadamard(of=int(bits=4)), v=hadamard(of=int(bits=4)), v_lag=9)",
+                     dims=(64, 96)),
+    "centered": dict(store="store(k=centered(of=int(bits=4, symmetric=true), block=32), "
+                           "v=centered(of=fp8, block=16))", group=1),
+    "scaled": dict(store="store(k=scaled(of=int(bits=4)), v=scaled(of=nf4(axis=channel)))"),
+    "gear": dict(store="store(k=lowrank(of=outliers(of=int(bits=2, axis=channel), fraction=0.05)), "
+                       "v=lowrank(of=outliers(of=int(bits=2)), rank=2))", dtype=torch.bfloat16),
     "fp16": dict(store=KIVI.format(2, 32), dtype=torch.float16, group=9),
 }
 

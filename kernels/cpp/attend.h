@@ -12,7 +12,7 @@ namespace kvc {
 struct Tier {  // planes of one tier; table [rows, heads, pages]
     const int32_t* table;
     long pages;
-    const void* plane[4];
+    const void* plane[8];
 };
 
 struct None {};
@@ -33,13 +33,31 @@ template <class C> struct Span {
     long blocks() const { return first < queued ? (queued + PAGE - 1) / PAGE - first / PAGE : 0; }
 };
 
+template <class Reader, class = void> constexpr bool turns = false;  // reads turned vectors
+template <class Reader> constexpr bool turns<Reader, std::void_t<decltype(Reader::turned)>> = Reader::turned;
+
 template <class C> struct State {  // of one head's queries: o is not yet divided by l
+    static constexpr int TURNED = turns<typename C::VBody> ? C::DV : 0;
     float m[C::G], l[C::G];
     alignas(64) float o[C::G][C::DV];
+    alignas(64) float turned[C::G][TURNED ? TURNED : 1];  // what a turned body adds
     void clear() {
         for (int g = 0; g < C::G; g++) m[g] = -INFINITY, l[g] = 0.0f;
         std::memset(o, 0, sizeof(o));
+        std::memset(turned, 0, sizeof(turned));
     }
+    void finish() {
+        if constexpr (TURNED)
+            for (int g = 0; g < C::G; g++) {
+                C::VBody::turn(turned[g]);
+                for (int d = 0; d < C::DV; d++) o[g][d] += turned[g][d];
+            }
+    }
+};
+
+template <class C> struct Queries {  // of one kv head, scaled
+    alignas(64) float q[C::G][C::DK];
+    alignas(64) float turned[C::G][turns<typename C::KBody> ? C::DK : 1];
 };
 
 template <class Reader, int R, bool ROUGH>
@@ -93,15 +111,21 @@ inline void weigh(float (*x)[PAGE], int from, int to, State<C>& s, int row) {
         s.m[row + r] = m;
         if (kept != 1.0f)
             for (int d = 0; d < C::DV; d += 16) store(s.o[row + r] + d, load(s.o[row + r] + d) * set(kept));
+        if (kept != 1.0f)
+            for (int d = 0; d < State<C>::TURNED; d += 16)
+                store(s.turned[row + r] + d, load(s.turned[row + r] + d) * set(kept));
     }
 }
 
 template <class C, int R, int ROW>
 inline void rows(const typename C::Tiers& tiers, const Span<C>& at, long place, long block, bool sinks,
-                 const float (*query)[C::DK], State<C>& s) {
+                 const Queries<C>& query, State<C>& s) {
     alignas(64) float x[R][PAGE];
-    const float* q[R];
-    for (int r = 0; r < R; r++) q[r] = query[ROW + r];
+    const float *q[R], *body[R];
+    for (int r = 0; r < R; r++) {
+        q[r] = query.q[ROW + r];
+        body[r] = turns<typename C::KBody> ? query.turned[ROW + r] : q[r];
+    }
     auto id = [&](const Tier& tier, long ring) { return (long)tier.table[place * tier.pages + (ring ? block % ring : block)]; };
     long base = block * PAGE;
     if (sinks) {
@@ -118,13 +142,18 @@ inline void rows(const typename C::Tiers& tiers, const Span<C>& at, long place, 
     int k = (int)std::min<long>(std::max<long>(at.end_k - base, from), to);
     int v = (int)std::min<long>(std::max<long>(at.end_v - base, from), to);
     if constexpr (!std::is_same_v<typename C::KBody, None>)
-        if (from < k) read_logits<typename C::KBody, R, C::ROUGH>(tiers.k_body, id(tiers.k_body, C::K_BODY_RING), q, from / 16 * 16, k, x);
+        if (from < k) read_logits<typename C::KBody, R, C::ROUGH>(tiers.k_body, id(tiers.k_body, C::K_BODY_RING), body, from / 16 * 16, k, x);
     if constexpr (!std::is_same_v<typename C::KRecent, None>)
         if (k < to) read_logits<typename C::KRecent, R, C::ROUGH>(tiers.k_recent, id(tiers.k_recent, C::K_RECENT_RING), q, k == from ? from / 16 * 16 : k, to, x);
     weigh<C, R>(x, from, to, s, ROW);
     bool cut = v % 16 != 0 && from < v && v < to;
     if constexpr (!std::is_same_v<typename C::VBody, None>)
-        if (from < v) add_values<typename C::VBody, R, C::ROUGH>(tiers.v_body, id(tiers.v_body, C::V_BODY_RING), x, from, v, !cut, s.o + ROW);
+        if (from < v) {
+            if constexpr (turns<typename C::VBody>)
+                add_values<typename C::VBody, R, C::ROUGH>(tiers.v_body, id(tiers.v_body, C::V_BODY_RING), x, from, v, !cut, s.turned + ROW);
+            else
+                add_values<typename C::VBody, R, C::ROUGH>(tiers.v_body, id(tiers.v_body, C::V_BODY_RING), x, from, v, !cut, s.o + ROW);
+        }
     if constexpr (!std::is_same_v<typename C::VRecent, None>)
         if (v < to) add_values<typename C::VRecent, R, C::ROUGH>(tiers.v_recent, id(tiers.v_recent, C::V_RECENT_RING), x, v, to, !cut, s.o + ROW);
 }
@@ -132,7 +161,7 @@ inline void rows(const typename C::Tiers& tiers, const Span<C>& at, long place, 
 // At most 8 queries share a decoded vector: more would spill registers.
 template <class C, int ROW = 0>
 inline void block_of(const typename C::Tiers& tiers, const Span<C>& at, long place, long block, bool sinks,
-                     const float (*query)[C::DK], State<C>& s) {
+                     const Queries<C>& query, State<C>& s) {
     if constexpr (ROW < C::G) {
         constexpr int chunks = (C::G + 7) / 8, most = (C::G + chunks - 1) / chunks;
         constexpr int r = C::G - ROW < most ? C::G - ROW : most;
@@ -154,10 +183,14 @@ void attend(const typename C::Tiers& tiers, const int32_t* count, const bool* va
     static thread_local std::vector<State<C>> scratch;
     scratch.resize(places * threads);
     State<C>* partial = scratch.data();
-    auto read_query = [&](long i, float (*query)[C::DK]) {
+    auto read_queries = [&](long i, Queries<C>& query) {
         for (int g = 0; g < C::G; g++) {
             const T* q = q_at(i / C::H, i % C::H * C::G + g);
-            for (int d = 0; d < C::DK; d++) query[g][d] = read(q + d) * SCALE<C>;
+            for (int d = 0; d < C::DK; d++) query.q[g][d] = read(q + d) * SCALE<C>;
+            if constexpr (turns<typename C::KBody>) {
+                std::memcpy(query.turned[g], query.q[g], sizeof(query.q[g]));
+                C::KBody::turn(query.turned[g]);
+            }
         }
     };
     auto work = [&](int thread) {
@@ -173,10 +206,11 @@ void attend(const typename C::Tiers& tiers, const int32_t* count, const bool* va
                 continue;
             }
             s.clear();
-            alignas(64) float query[C::G][C::DK];
-            read_query(i, query);
+            Queries<C> query;
+            read_queries(i, query);
             for (long b = start; b < end; b++)
                 block_of<C>(tiers, at, i, b < sink ? b : at.first / PAGE + b - sink, b < sink, query, s);
+            s.finish();
         }
     };
     auto merge = [&](long i) {

@@ -1,4 +1,5 @@
 // 16 lanes of fp32 or int32: AVX-512, or the compiler's own vectors (AVX2, NEON, plain).
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>

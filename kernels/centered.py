@@ -1,0 +1,55 @@
+"""centered: the mean of a block's tokens is stored apart, what is left of them by another format."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvcompile.format import Planes, Side, StepPlane
+from kvcompile.kernels.wrapper import Wrapper
+from kvcompile.recipe import Term
+
+
+@dataclass(frozen=True)
+class Centered(Wrapper):
+    """x -> mean (fp16, of `block` tokens of each channel) + of(x - mean).
+
+    Keys have a common offset that per-token formats would spend their range on.
+    """
+
+    of: Term = Term("int")
+    block: int = 128
+    name: ClassVar[str] = "centered"
+
+    def __post_init__(self) -> None:
+        self.check_block()
+
+    def own(self, dim: int) -> Planes:
+        return {"mean": StepPlane(torch.float16, (dim,))}
+
+    def encode(self, x: Tensor, side: Side) -> dict[str, Tensor]:
+        blocks = x.float().unflatten(-2, (-1, self.step))
+        mean = blocks.mean(-2).to(torch.float16)
+        rest = (blocks - mean.float()[..., None, :]).flatten(-3, -2)
+        inside = self.join(self.inner.encode(rest, side), x.shape[-1], side)
+        return {**inside, "mean": mean}
+
+    def decode(self, planes: dict[str, Tensor], dim: int, dtype: torch.dtype,
+               side: Side) -> Tensor:
+        rest = self.inner.decode(self.split(planes, dim, side), dim, torch.float32, side)
+        mean = planes["mean"].float().repeat_interleave(self.step, -2)
+        return (rest + mean).to(dtype)
+
+    def error_bound(self, planes: dict[str, Tensor], dim: int, side: Side) -> Tensor:
+        return self.inner.error_bound(self.split(planes, dim, side), dim, side)
+
+    def limit(self, dtype: torch.dtype) -> float:
+        return min(65504.0, self.inner.limit(dtype)) / 2
+
+    def cpp(self, dim: int, dtype: torch.dtype, side: Side) -> str:
+        """The C++ type that reads the planes (`kernels/cpp/wrapper.h`)."""
+        return f"Centered<{self.inner_cpp(dim, dtype, side)}, {dim}, {self.step}>"
+
+
+FORMAT = Centered

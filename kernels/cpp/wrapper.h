@@ -1,0 +1,194 @@
+// Readers of formats around a format (kernels/wrapper.py).
+namespace kvc {
+
+// The format inside holds H x: queries are turned once, outputs turned back once.
+template <class Inner, int D, int SIZE> struct Hadamard : Inner {
+    static constexpr bool turned = true;
+    using Inner::Inner;
+
+    static void turn(float* x) {
+        const float unit = 1.0f / std::sqrt((float)SIZE);
+        float a[SIZE], b[SIZE];
+        for (int block = 0; block < D; block += SIZE) {
+            std::memcpy(a, x + block, sizeof(a));
+            for (int n = 1; n < SIZE; n *= 2) {  // (a, b) of each pair of neighbours -> halves
+                for (int i = 0; i < SIZE / 2; i++) {
+                    b[i] = a[2 * i] + a[2 * i + 1];
+                    b[i + SIZE / 2] = a[2 * i] - a[2 * i + 1];
+                }
+                std::memcpy(a, b, sizeof(a));
+            }
+            for (int i = 0; i < SIZE; i++) x[block + i] = a[i] * unit;
+        }
+    }
+};
+
+// Calls f(step, from, to) for the parts of token groups [first, last) that lie in one step.
+template <int STEP, class F> inline void each_step(int first, int last, F&& f) {
+    constexpr int per = STEP / 16;
+    for (int step = first / per; step * per < last; step++)
+        f(step, std::max(step * per, first), std::min((step + 1) * per, last));
+}
+
+template <int D, class T> inline float dot_of(const float* x, const T* y) {
+    vf s = set(0.0f);
+    for (int d = 0; d < D; d += 16) s = fma(load(x + d), load(y + d), s);
+    return sum(s);
+}
+
+inline float total(const float* p, int first, int last) {
+    vf s = set(0.0f);
+    for (int t = first * 16; t < last * 16; t += 16) s = s + load(p + t);
+    return sum(s);
+}
+
+// A mean per channel of a step.
+template <class Inner, int D, int STEP> struct Centered {
+    static constexpr int planes = Inner::planes + 1;
+    Inner inner;
+    const half* mean;
+    Centered(const void* const* plane, long page)
+        : inner(plane, page), mean((const half*)plane[Inner::planes] + page * (PAGE / STEP * D)) {}
+
+    template <int R, bool ROUGH> void logits(const float* const* q, int first, int last, float (*out)[PAGE]) const {
+        inner.template logits<R, ROUGH>(q, first, last, out);
+        each_step<STEP>(first, last, [&](int step, int from, int to) {
+            for (int r = 0; r < R; r++) {
+                vf bias = set(dot_of<D>(q[r], mean + step * D));
+                for (int t = from * 16; t < to * 16; t += 16) store(out[r] + t, load(out[r] + t) + bias);
+            }
+        });
+    }
+
+    template <int R, bool ROUGH> void add(const float (*p)[PAGE], int first, int last, float (*o)[D]) const {
+        inner.template add<R, ROUGH>(p, first, last, o);
+        each_step<STEP>(first, last, [&](int step, int from, int to) {
+            for (int r = 0; r < R; r++) {
+                vf mass = set(total(p[r], from, to));
+                for (int d = 0; d < D; d += 16) store(o[r] + d, fma(mass, load(mean + step * D + d), load(o[r] + d)));
+            }
+        });
+    }
+};
+
+// A scale per channel of a step.
+template <class Inner, int D, int STEP> struct Scaled {
+    static constexpr int planes = Inner::planes + 1;
+    Inner inner;
+    const half* channel;
+    Scaled(const void* const* plane, long page)
+        : inner(plane, page), channel((const half*)plane[Inner::planes] + page * (PAGE / STEP * D)) {}
+
+    template <int R, bool ROUGH> void logits(const float* const* q, int first, int last, float (*out)[PAGE]) const {
+        each_step<STEP>(first, last, [&](int step, int from, int to) {
+            alignas(64) float scaled[R][D];
+            const float* x[R];
+            for (int r = 0; r < R; r++) {
+                x[r] = scaled[r];
+                for (int d = 0; d < D; d += 16) store(scaled[r] + d, load(q[r] + d) * load(channel + step * D + d));
+            }
+            inner.template logits<R, ROUGH>(x, from, to, out);
+        });
+    }
+
+    template <int R, bool ROUGH> void add(const float (*p)[PAGE], int first, int last, float (*o)[D]) const {
+        each_step<STEP>(first, last, [&](int step, int from, int to) {
+            alignas(64) float part[R][D] = {};
+            inner.template add<R, ROUGH>(p, from, to, part);
+            for (int r = 0; r < R; r++)
+                for (int d = 0; d < D; d += 16)
+                    store(o[r] + d, fma(load(part[r] + d), load(channel + step * D + d), load(o[r] + d)));
+        });
+    }
+};
+
+// a [RANK, STEP] b [RANK, D] beside what the format inside holds.
+template <class Inner, int D, int STEP, int RANK> struct Lowrank {
+    static constexpr int planes = Inner::planes + 2;
+    Inner inner;
+    const half *a, *b;
+    Lowrank(const void* const* plane, long page)
+        : inner(plane, page), a((const half*)plane[Inner::planes] + page * (PAGE * RANK)),
+          b((const half*)plane[Inner::planes + 1] + page * (PAGE / STEP * RANK * D)) {}
+
+    template <int R, bool ROUGH> void logits(const float* const* q, int first, int last, float (*out)[PAGE]) const {
+        inner.template logits<R, ROUGH>(q, first, last, out);
+        each_step<STEP>(first, last, [&](int step, int from, int to) {
+            for (int k = 0; k < RANK; k++) {
+                const half* tokens = a + (step * RANK + k) * STEP - step * STEP;
+                for (int r = 0; r < R; r++) {
+                    vf w = set(dot_of<D>(q[r], b + (step * RANK + k) * D));
+                    for (int t = from * 16; t < to * 16; t += 16)
+                        store(out[r] + t, fma(w, load(tokens + t), load(out[r] + t)));
+                }
+            }
+        });
+    }
+
+    template <int R, bool ROUGH> void add(const float (*p)[PAGE], int first, int last, float (*o)[D]) const {
+        inner.template add<R, ROUGH>(p, first, last, o);
+        each_step<STEP>(first, last, [&](int step, int from, int to) {
+            for (int k = 0; k < RANK; k++) {
+                const half* tokens = a + (step * RANK + k) * STEP - step * STEP;
+                for (int r = 0; r < R; r++) {
+                    vf s = set(0.0f);
+                    for (int t = from * 16; t < to * 16; t += 16) s = fma(load(p[r] + t), load(tokens + t), s);
+                    vf w = set(sum(s));
+                    for (int d = 0; d < D; d += 16)
+                        store(o[r] + d, fma(w, load(b + (step * RANK + k) * D + d), load(o[r] + d)));
+                }
+            }
+        });
+    }
+};
+
+// N numbers of every group of GROUP, added where they belong.
+template <class Inner, int D, Axis AXIS, int GROUP, int N> struct Sparse {
+    static constexpr int planes = Inner::planes + 2;
+    static constexpr int GROUPS = AXIS == channel_axis ? 1 : D / GROUP;
+    static constexpr int SIZE = AXIS == channel_axis ? PAGE / GROUP * D * N : GROUPS * N * PAGE;
+    Inner inner;
+    const uint8_t* place;
+    const half* rest;
+    Sparse(const void* const* plane, long page)
+        : inner(plane, page), place((const uint8_t*)plane[Inner::planes] + page * SIZE),
+          rest((const half*)plane[Inner::planes + 1] + page * SIZE) {}
+
+    // f(token, channel, value) for the tokens of token groups [first, last)
+    template <class F> void each(int first, int last, F&& f) const {
+        if constexpr (AXIS == channel_axis) {
+            each_step<GROUP>(first, last, [&](int step, int from, int to) {
+                for (int i = 0; i < D * N; i++) {
+                    int t = step * GROUP + place[step * D * N + i];
+                    if (t >= from * 16 && t < to * 16) f(t, i / N, read(rest + step * D * N + i));
+                }
+            });
+        } else {
+            for (int i = 0; i < GROUPS * N; i++)
+                for (int t = first * 16; t < last * 16; t++)
+                    f(t, i / N * GROUP + place[i * PAGE + t], read(rest + i * PAGE + t));
+        }
+    }
+};
+
+template <class Inner, int D, Axis AXIS, int GROUP, int N> struct OutliersK : Sparse<Inner, D, AXIS, GROUP, N> {
+    using Sparse<Inner, D, AXIS, GROUP, N>::Sparse;
+    template <int R, bool ROUGH> void logits(const float* const* q, int first, int last, float (*out)[PAGE]) const {
+        this->inner.template logits<R, ROUGH>(q, first, last, out);
+        this->each(first, last, [&](int t, int c, float x) {
+            for (int r = 0; r < R; r++) out[r][t] += q[r][c] * x;
+        });
+    }
+};
+
+template <class Inner, int D, Axis AXIS, int GROUP, int N> struct OutliersV : Sparse<Inner, D, AXIS, GROUP, N> {
+    using Sparse<Inner, D, AXIS, GROUP, N>::Sparse;
+    template <int R, bool ROUGH> void add(const float (*p)[PAGE], int first, int last, float (*o)[D]) const {
+        this->inner.template add<R, ROUGH>(p, first, last, o);
+        this->each(first, last, [&](int t, int c, float x) {
+            for (int r = 0; r < R; r++) o[r][c] += p[r][t] * x;
+        });
+    }
+};
+
+}  // namespace kvc

@@ -1,0 +1,73 @@
+"""lowrank: what another format loses of a block is stored as a product of two thin matrices."""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvcompile.errors import RecipeError
+from kvcompile.format import Planes, Side, StepPlane
+from kvcompile.kernels.wrapper import Wrapper
+from kvcompile.recipe import Term
+
+
+@dataclass(frozen=True)
+class Lowrank(Wrapper):
+    """x -> of(x) + a b: a [block, rank], b [rank, dim] in fp16, the best fit to x - of(x).
+
+    GEAR's error feedback (arXiv:2403.05527, section 3), by subspace iteration.
+    """
+
+    of: Term = Term("int")
+    rank: int = 4
+    block: int = 128
+    name: ClassVar[str] = "lowrank"
+
+    def __post_init__(self) -> None:
+        self.check_block()
+        if self.rank not in range(1, 17):
+            raise RecipeError(f"lowrank(rank={self.rank}): rank must be 1 to 16")
+
+    def own(self, dim: int) -> Planes:
+        return {"a": StepPlane(torch.float16, (self.rank, self.step)),
+                "b": StepPlane(torch.float16, (self.rank, dim))}
+
+    def encode(self, x: Tensor, side: Side) -> dict[str, Tensor]:
+        x, dim = x.float(), x.shape[-1]
+        inside = self.inner.encode(x, side)
+        error = (x - self.inner.decode(inside, dim, torch.float32, side)).unflatten(
+            -2, (-1, self.step))
+        basis = _start(dim, self.rank).to(x.device)
+        for _ in range(3):
+            basis = torch.linalg.qr(error.mT @ (error @ basis)).Q      # [..., dim, rank]
+        b = basis.mT.to(torch.float16)
+        a = (error @ basis).mT.to(torch.float16)
+        return {**self.join(inside, dim, side), "a": a, "b": b}
+
+    def decode(self, planes: dict[str, Tensor], dim: int, dtype: torch.dtype,
+               side: Side) -> Tensor:
+        rest = self.inner.decode(self.split(planes, dim, side), dim, torch.float32, side)
+        return (rest + self._product(planes)).to(dtype)
+
+    def error_bound(self, planes: dict[str, Tensor], dim: int, side: Side) -> Tensor:
+        inside = self.inner.error_bound(self.split(planes, dim, side), dim, side)
+        return inside + self._product(planes).abs()  # the correction shrinks the error on average
+
+    def _product(self, planes: dict[str, Tensor]) -> Tensor:
+        return (planes["a"].float().mT @ planes["b"].float()).flatten(-3, -2)
+
+    def cpp(self, dim: int, dtype: torch.dtype, side: Side) -> str:
+        """The C++ type that reads the planes (`kernels/cpp/wrapper.h`)."""
+        return f"Lowrank<{self.inner_cpp(dim, dtype, side)}, {dim}, {self.step}, {self.rank}>"
+
+
+@cache
+def _start(dim: int, rank: int) -> Tensor:
+    """Where the iteration starts: fixed, so that equal tokens are stored equally."""
+    generator = torch.Generator().manual_seed(dim * 31 + rank)
+    return torch.randn(dim, rank, generator=generator)
+
+
+FORMAT = Lowrank

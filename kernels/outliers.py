@@ -1,0 +1,97 @@
+"""outliers: the extreme numbers of each group are stored apart, the others by another format."""
+
+from dataclasses import dataclass
+from math import ceil
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvcompile.errors import RecipeError
+from kvcompile.format import PAGE, Planes, Side, StepPlane
+from kvcompile.kernels.coded import Coded
+from kvcompile.kernels.wrapper import Wrapper
+from kvcompile.recipe import Term
+
+
+@dataclass(frozen=True)
+class Outliers(Wrapper):
+    """x -> of(x without its outliers) + what is missing there (fp16) and where (a byte each).
+
+    The `fraction` of every group of `of` that is farthest from the group's mean is taken out, so
+    that the scale fits the others: KVQuant's dense-and-sparse (arXiv:2401.18079, section 3.4), and
+    GEAR's sparse part. At least one number of each group.
+    """
+
+    of: Term = Term("int")
+    fraction: float = 0.01
+    name: ClassVar[str] = "outliers"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 0.25:
+            raise RecipeError(f"outliers(fraction={self.fraction}): fraction must be above 0 and "
+                              "at most 0.25")
+        if not isinstance(self.inner, Coded):
+            raise RecipeError(f"outliers(of={self.of}): {self.inner.name} has no groups; use "
+                              "int or nf4")
+
+    @property
+    def _coded(self) -> Coded:
+        assert isinstance(self.inner, Coded)
+        return self.inner
+
+    @property
+    def step(self) -> int:
+        return self.inner.step
+
+    def _shape(self, dim: int) -> tuple[int, int, int]:
+        """Groups in a step, numbers in a group, outliers in a group."""
+        coded = self._coded
+        group = coded.group if coded.axis == "channel" else coded._group(dim)
+        return (dim if coded.axis == "channel" else dim // group, group,
+                ceil(self.fraction * group - 1e-9))
+
+    def own(self, dim: int) -> Planes:
+        groups, _, taken = self._shape(dim)
+        lanes, at = (1, 0) if self._coded.axis == "channel" else (PAGE, 2)
+        return {"place": StepPlane(torch.uint8, (groups, taken), lanes, at),
+                "rest": StepPlane(torch.float16, (groups, taken), lanes, at)}
+
+    def encode(self, x: Tensor, side: Side) -> dict[str, Tensor]:
+        coded, dim = self._coded, x.shape[-1]
+        grouped = coded._grouped(x.float())                              # [..., groups, group]
+        taken = self._shape(dim)[2]
+        far = (grouped - grouped.mean(-1, keepdim=True)).abs()
+        place = far.topk(taken, -1).indices.sort(-1).values
+        inside = torch.ones_like(grouped, dtype=torch.bool).scatter(-1, place, False)
+        mean = (grouped * inside).sum(-1, keepdim=True) / inside.sum(-1, keepdim=True)
+        dense = torch.where(inside, grouped, mean)
+        planes = coded.encode(coded._ungrouped(dense), side)
+        stored = coded._grouped(coded.decode(planes, dim, torch.float32, side))
+        rest = (grouped - stored).gather(-1, place).to(torch.float16)
+        return {**planes, "place": place.to(torch.uint8), "rest": rest}
+
+    def decode(self, planes: dict[str, Tensor], dim: int, dtype: torch.dtype,
+               side: Side) -> Tensor:
+        coded = self._coded
+        dense = coded._grouped(coded.decode(planes, dim, torch.float32, side))
+        full = dense.scatter_add(-1, planes["place"].long(), planes["rest"].float())
+        return coded._ungrouped(full).to(dtype)
+
+    def error_bound(self, planes: dict[str, Tensor], dim: int, side: Side) -> Tensor:
+        coded = self._coded
+        bound = coded._grouped(coded.error_bound(planes, dim, side))
+        half = planes["rest"].float().abs() * 2.0**-11 + 2.0**-25        # of fp16's last place
+        return coded._ungrouped(bound.scatter(-1, planes["place"].long(), half))
+
+    def limit(self, dtype: torch.dtype) -> float:
+        return self.inner.limit(dtype) / 2
+
+    def cpp(self, dim: int, dtype: torch.dtype, side: Side) -> str:
+        """The C++ type that reads the planes (`kernels/cpp/wrapper.h`)."""
+        _, group, taken = self._shape(dim)
+        return (f"Outliers{side.upper()}<{self.inner_cpp(dim, dtype, side)}, {dim}, "
+                f"{self._coded.axis}_axis, {group}, {taken}>")
+
+
+FORMAT = Outliers

@@ -1,0 +1,57 @@
+"""scaled: each channel is divided by a scale of its own before another format stores it."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvcompile.format import Planes, Side, StepPlane
+from kvcompile.kernels.int_group import round_up
+from kvcompile.kernels.wrapper import Wrapper
+from kvcompile.recipe import Term
+
+
+@dataclass(frozen=True)
+class Scaled(Wrapper):
+    """x -> of(x / c) * c, c = sqrt(max |x|) of a channel in a block, in fp16.
+
+    The channel-separable tokenwise quantization of ZipCache (arXiv:2405.14256, section 4.1): per
+    token formats then do not lose small channels beside large ones.
+    """
+
+    of: Term = Term("int")
+    block: int = 128
+    name: ClassVar[str] = "scaled"
+
+    def __post_init__(self) -> None:
+        self.check_block()
+
+    def own(self, dim: int) -> Planes:
+        return {"channel": StepPlane(torch.float16, (dim,))}
+
+    def encode(self, x: Tensor, side: Side) -> dict[str, Tensor]:
+        blocks = x.float().unflatten(-2, (-1, self.step))
+        scale = round_up(blocks.abs().amax(-2).sqrt()).clamp_min(2.0**-12)
+        rest = (blocks / scale.float()[..., None, :]).flatten(-3, -2)
+        inside = self.join(self.inner.encode(rest, side), x.shape[-1], side)
+        return {**inside, "channel": scale}
+
+    def decode(self, planes: dict[str, Tensor], dim: int, dtype: torch.dtype,
+               side: Side) -> Tensor:
+        rest = self.inner.decode(self.split(planes, dim, side), dim, torch.float32, side)
+        return (rest * self._scale(planes)).to(dtype)
+
+    def error_bound(self, planes: dict[str, Tensor], dim: int, side: Side) -> Tensor:
+        inside = self.inner.error_bound(self.split(planes, dim, side), dim, side)
+        return inside * self._scale(planes)
+
+    def _scale(self, planes: dict[str, Tensor]) -> Tensor:
+        return planes["channel"].float().repeat_interleave(self.step, -2)
+
+    def cpp(self, dim: int, dtype: torch.dtype, side: Side) -> str:
+        """The C++ type that reads the planes (`kernels/cpp/wrapper.h`)."""
+        return f"Scaled<{self.inner_cpp(dim, dtype, side)}, {dim}, {self.step}>"
+
+
+FORMAT = Scaled

@@ -1,0 +1,72 @@
+"""Formats around a format: what they share is that another one stores the bulk of the numbers."""
+
+from functools import cached_property
+from math import lcm
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvcompile.errors import RecipeError
+from kvcompile.format import PAGE, Format, Planes, Side, StepPlane, format_of, term_of
+from kvcompile.recipe import Term, parse_term
+
+
+class Wrapper:
+    """Base of formats with a field `of`, the term of the format inside.
+
+    `own` gives the wrapper's planes of a step of `block` tokens; those of the format inside keep
+    their layout in memory, so that its reader works on them as they are.
+    """
+
+    name: ClassVar[str]
+    of: Term
+    block: int = 1
+
+    @cached_property
+    def inner(self) -> Format:
+        """The format inside."""
+        return format_of(self.of if isinstance(self.of, Term) else parse_term(self.of))
+
+    def check_block(self) -> None:
+        """Raise RecipeError for a block that does not divide a page."""
+        if self.block not in (16, 32, 64, 128):
+            raise RecipeError(f"{self.name}(block={self.block}): block must be one of 16, 32, 64, "
+                              f"{PAGE}")
+
+    @property
+    def step(self) -> int:
+        return lcm(self.inner.step, self.block)
+
+    def own(self, dim: int) -> Planes:
+        """The wrapper's planes."""
+        raise NotImplementedError
+
+    def planes(self, dim: int, dtype: torch.dtype, side: Side) -> Planes:
+        inside, own = self.inner.planes(dim, dtype, side), self.own(dim)
+        if inside.keys() & own.keys():
+            raise RecipeError(f"{self.name} cannot wrap itself: {term_of(self)}")  # type: ignore[arg-type]
+        steps = self.step // self.inner.step
+        return {**{name: spec.coarser(steps) for name, spec in inside.items()}, **own}
+
+    def join(self, encoded: dict[str, Tensor], dim: int, side: Side) -> dict[str, Tensor]:
+        """What the format inside encoded, in the wrapper's steps."""
+        specs, steps = self._inside(dim, side), self.step // self.inner.step
+        return {name: specs[name].join(x, steps) for name, x in encoded.items()}
+
+    def split(self, planes: dict[str, Tensor], dim: int, side: Side) -> dict[str, Tensor]:
+        """The planes of the format inside, in its own steps."""
+        specs, steps = self._inside(dim, side), self.step // self.inner.step
+        return {name: spec.split(planes[name], steps) for name, spec in specs.items()}
+
+    def _inside(self, dim: int, side: Side) -> dict[str, StepPlane]:
+        return self.inner.planes(dim, torch.float32, side)
+
+    def limit(self, dtype: torch.dtype) -> float:
+        return self.inner.limit(dtype)
+
+    def inner_cpp(self, dim: int, dtype: torch.dtype, side: Side) -> str:
+        """The C++ type that reads the format inside; RecipeError if none does."""
+        if not hasattr(self.inner, "cpp"):
+            raise RecipeError(f"format {self.inner.name} has no C++ reader")
+        return str(self.inner.cpp(dim, dtype, side))
