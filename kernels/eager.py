@@ -119,7 +119,8 @@ def append(planes: list[Tensor], k: list[Tensor], v: list[Tensor], positions: Te
            valid: Tensor, *, store: str, slots: list[int]) -> None:
     """Store this call's valid tokens of the layers `slots`; complete blocks are encoded.
 
-    One token a row is stored in all layers at once; more of them layer by layer, to save memory.
+    One token a row is stored in all layers and rows at once; more of them one by one, which takes
+    less memory.
     """
     parsed, every = Store.parse(store), bool(valid.all())
     new = valid.sum(1, dtype=torch.int32)
@@ -131,13 +132,11 @@ def append(planes: list[Tensor], k: list[Tensor], v: list[Tensor], positions: Te
 
 def _append(store: Store, planes: list[Tensor], k: list[Tensor], v: list[Tensor], valid: Tensor,
             every: bool, slots: list[int]) -> None:
-    """Store tokens of some layers at once, their heads being heads of a row.
-
-    Rows without padding are as one row, so that they too go together where counts are equal.
-    """
-    count, tiers = _tiers(store, planes, k[0], v[0], slots, together=every)
+    """Store tokens of some layers at once, as those of more heads; single ones of all rows too."""
+    together = every and valid.shape[1] == 1
+    count, tiers = _tiers(store, planes, k[0], v[0], slots, together)
     both = [torch.stack(x, 1).flatten(1, 2) if len(x) > 1 else x[0] for x in (k, v)]
-    if every:
+    if together:
         both, valid = [x.flatten(0, 1)[None] for x in both], valid[:1]
     for row, keep in enumerate(valid):
         for heads, n in _runs(count[row]):

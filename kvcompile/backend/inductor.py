@@ -5,12 +5,14 @@
     CompileContext   which frame is compiled, to warn once for all of its graphs
     select_decomp_table   to which the bodies of inlined kvc ops are added
     make_fx   Dynamo graphs as ATen ops before any decomposition
+    pick_vec_isa   finds by compiling trial programs what vectors the CPU and the C++ compiler have
     torch._subclasses.FakeTensorMode, ShapeEnv, StatelessSymbolicContext, DimDynamic   inputs with
         symbolic sizes
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from threading import Thread
 from typing import cast
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch._dynamo.source import ConstantSource
 from torch._guards import CompileContext
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
@@ -40,6 +43,8 @@ def compile_graph(gm: GraphModule, inputs: Sequence[Tensor],
     A dynamic dim must have a size of at least 2 in `inputs`; the compiled function takes any size.
     Dynamic dims of equal size in `inputs` are one symbol: they must always be equal.
     """
+    if all(x.device.type == "cpu" for x in inputs):
+        Thread(target=pick_vec_isa).start()  # meanwhile the graph is traced
     env = ShapeEnv(duck_shape=True)
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     fakes = []
