@@ -11,7 +11,7 @@ from kvcompile.kernels import linear as linears
 
 
 @lowering(LINEAR, linears, cpp_vector)
-def linear(x: Any, weights: list[Any], biases: list[Any]) -> Any:
+def linear(x: Any, weights: list[Any], biases: list[Any], *, gate: str = "") -> Any:
     """One row of x against weights whose rows are contiguous."""
     *rows, _ = x.get_size()
     if x.get_device().type != "cpu" or not all(_equal(n, 1) for n in rows):
@@ -21,10 +21,9 @@ def linear(x: Any, weights: list[Any], biases: list[Any]) -> Any:
         inputs[f"weight{i}"] = weight if _equal(weight.get_stride()[1], 1) else contiguous(weight)
         if bias is not None:
             inputs[f"bias{i}"] = contiguous(bias)
-    total = sum(w.get_size()[0] for w in weights)
-    return kernel("linear", linears.FUNCTIONS,
-                  linears.statements([b is not None for b in biases]), inputs,
-                  [*rows, total], x.get_dtype())
+    total = sum(w.get_size()[0] for w in weights[: 1 if gate else None])
+    return kernel(linears.FUNCTIONS, linears.statements([b is not None for b in biases], gate),
+                  inputs, [*rows, total], x.get_dtype())
 
 
 def _equal(size: Any, value: int) -> bool:

@@ -6,7 +6,7 @@ Private API of torch 2.13, and why:
         own compiled, called and cached with the rest of a graph, without a dispatcher call
     register_lowering   what takes the place of a kvc op; torch._inductor.lowering must be imported
         before any template is
-    V.graph.no_fuse_buffer_names   our text takes no epilogues, so nothing may be fused to its output
+    V.graph.no_fuse_buffer_names   our text takes no epilogues: nothing may be fused to its output
     config.unsafe_marked_cacheable_functions   part of the key of Inductor's caches, which do not
         see the text of a lowering: stale kernels would come back from the disk
 """
@@ -48,9 +48,8 @@ def lowering(op: OpOverload, *texts: ModuleType) -> Callable[[Callable], Callabl
             return plain(*args, **kwargs) if out is None else out
 
         register_lowering(op, type_promotion_kind=None)(lower)
-        files = [inspect.getfile(m) for m in (function, *texts)]
         digest = hashlib.sha256()
-        for file in (__file__, *files):
+        for file in (__file__, inspect.getfile(function), *map(inspect.getfile, texts)):
             digest.update(Path(file).read_bytes())
         LOWERED[str(op)] = digest.hexdigest()
         return function
@@ -58,8 +57,8 @@ def lowering(op: OpOverload, *texts: ModuleType) -> Callable[[Callable], Callabl
     return register
 
 
-def kernel(name: str, functions: str, statements: str, inputs: Mapping[str, Any],
-           size: Sequence[Any], dtype: torch.dtype) -> ir.TensorBox:
+def kernel(functions: str, statements: str, inputs: Mapping[str, Any], size: Sequence[Any],
+           dtype: torch.dtype) -> ir.TensorBox:
     """A contiguous tensor of `size` and `dtype`, computed by a C++ function on the CPU.
 
     `functions` is what stands before it and `statements` its body. There, input `a` is the pointer
@@ -69,10 +68,10 @@ def kernel(name: str, functions: str, statements: str, inputs: Mapping[str, Any]
     """
     nodes = {key: ir.ExternKernel.realize_input(node) for key, node in inputs.items()}
     layout = ir.FixedLayout(torch.device("cpu"), dtype, list(size))
-    text = _Text(name, functions, statements, nodes)
+    text = _Text(functions, statements, nodes)
     buffer = ir.CppTemplateBuffer(layout, list(nodes.values()), text.make, cast(Any, text), None)
     V.graph.no_fuse_buffer_names.add(buffer.get_name())
-    return cast(ir.TensorBox, ir.TensorBox.create(buffer))
+    return ir.TensorBox.create(buffer)
 
 
 def contiguous(node: Any) -> Any:
@@ -84,7 +83,6 @@ def contiguous(node: Any) -> Any:
 class _Text:
     """What Inductor asks for when it writes the kernel."""
 
-    name: str
     functions: str
     statements: str
     inputs: Mapping[str, Any]
