@@ -137,6 +137,19 @@ class Coded:
         return (f"Coded{side.upper()}<{dim}, {self.values.cpp}, {self.axis}_axis, {group}, "
                 f"{scale}, {low}>")
 
+    @property
+    def cpp_fit(self) -> str:
+        """The C++ type that does what `fit` does (`kernels/cpp/append.h`)."""
+        raise RecipeError(f"format {self.name} has no C++ writer")
+
+    def cpp_writer(self, dim: int, dtype: torch.dtype, side: Side) -> str:
+        """The C++ type that writes the planes; RecipeError if none does."""
+        group = self.group if self.axis == "channel" else self._group(dim)
+        scale = "half" if self.scale_dtype is torch.float16 else "exponent"
+        flags = ("true" if side == "k" else "false", "true" if self.has_low else "false")
+        return (f"CodedWriter<{flags[0]}, {dim}, {self.values.cpp}, {self.cpp_fit}, "
+                f"{self.axis}_axis, {group}, {scale}, {flags[1]}>")
+
 
 def _normal(x: Tensor, scale: Tensor, low: Tensor | None) -> Tensor:
     shifted = x if low is None else x - low.float()

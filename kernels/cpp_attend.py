@@ -11,8 +11,9 @@ from kvcompile.format import PAGE, term_of
 from kvcompile.kernels.dense import CPP
 from kvcompile.store import SIDES, Store
 
-FILES = tuple(Path(__file__).parent / "cpp" / name
-              for name in ("vector.h", "coded.h", "dense.h", "wrapper.h", "attend.h"))
+FOLDER = Path(__file__).parent / "cpp"
+READERS = tuple(FOLDER / name for name in ("vector.h", "coded.h", "dense.h", "wrapper.h", "tier.h"))
+FILES = (*READERS, FOLDER / "attend.h")
 TIERS = ("sinks", "body", "recent")
 
 
@@ -66,16 +67,9 @@ def statements(store: Store, shape: Shape) -> str:
     """
     dtype = CPP[shape.dtype]
     pointer = f"const {'float' if dtype == 'float' else 'kvc::' + dtype}*"
-    lines = ["const int64_t batch = q_size[0];", "Config::Tiers tiers;"]
-    at = 1
-    for side, dim in zip(SIDES, shape.dims, strict=True):
-        for tier in store.tiers(side):
-            name = f"tiers.{side}_{tier}"
-            pools = len(store.format(side, tier).planes(dim, shape.dtype, side))
-            lines += [f"{name}.pages = plane{at}_size[3];",
-                      f"{name}.table = plane{at} + slot[0] * batch * Config::H * {name}.pages;"]
-            lines += [f"{name}.plane[{i}] = plane{at + 1 + i};" for i in range(pools)]
-            at += 1 + pools
+    lines = ["const int64_t batch = q_size[0];", "Config::Tiers tiers;",
+             *tiers(store, shape.dims, shape.dtype, "tiers.",
+                    "slot[0] * batch * Config::H")]
     lines += [f"const auto* q_ = ({pointer})q;", f"const auto* k_ = ({pointer})k;",
               f"const auto* v_ = ({pointer})v;", f"auto* out_ = (std::remove_const_t<"
               f"std::remove_pointer_t<{pointer}>>*)out;",
@@ -121,6 +115,20 @@ def config(store: Store, shape: Shape, threads: int) -> str:
     lines.append(f"struct Tiers {{ kvc::Tier {', '.join(members)}; }};")
     text = "\n    ".join(lines)
     return f"namespace kvc {{\nstruct Config {{\n    {text}\n}};\n}}\nusing kvc::Config;"
+
+
+def tiers(store: Store, dims: tuple[int, int], dtype: torch.dtype, prefix: str, start: str
+          ) -> list[str]:
+    """C++ that fills the `Tier` of every tier from the planes; tables begin at entry `start`."""
+    lines, at = [], 1
+    for side, dim in zip(SIDES, dims, strict=True):
+        for tier in store.tiers(side):
+            name, planes = f"{prefix}{side}_{tier}", store.format(side, tier).planes(dim, dtype, side)
+            lines += [f"{name}.pages = plane{at}_size[3];",
+                      f"{name}.table = plane{at} + ({start}) * {name}.pages;"]
+            lines += [f"{name}.plane[{i}] = plane{at + 1 + i};" for i in range(len(planes))]
+            at += 1 + len(planes)
+    return lines
 
 
 def _bool(value: bool) -> str:

@@ -1,8 +1,8 @@
 """The small C++ vector layer that kernels are written in: AVX-512, AVX2, or what C++ compiles to.
 
-`Vec` holds Vec::width floats: load(p) and load(p, n) of float, BFloat16 or Half (n < width elements,
-zeros after them), store, +, *, fma, sum. The compiler's own macros choose; KVC_PLAIN, KVC_NO_AVX512
-and KVC_NO_AVX512BF16 hold back, so that one machine can test every form.
+`Vec` holds Vec::width floats: load(p) of float, BFloat16 or Half, load(p, n) of n < width elements
+with zeros after them, store, +, *, fma, sum. The compiler's own macros choose; KVC_PLAIN,
+KVC_NO_AVX512 and KVC_NO_AVX512BF16 hold back, so that one machine can test every form.
 """
 
 TEXT = r"""

@@ -50,5 +50,9 @@ class Dense:
         """The C++ type that reads the plane (`kernels/cpp/dense.h`)."""
         return f"Dense{side.upper()}<{dim}, {CPP[DTYPES.get(self.dtype, dtype)]}>"
 
+    def cpp_writer(self, dim: int, dtype: torch.dtype, side: Side) -> str:
+        """The C++ type that writes the plane (`kernels/cpp/append.h`)."""
+        return f"DenseWriter<{dim}, {CPP[DTYPES.get(self.dtype, dtype)]}>"
+
 
 FORMAT = Dense

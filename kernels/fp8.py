@@ -45,6 +45,10 @@ class Fp8(Coded):
         exponent = torch.where(exact, exponent - 1, exponent).clamp(-100, 120)
         return torch.where(peak == 0, 0, exponent).to(torch.int8), None
 
+    @property
+    def cpp_fit(self) -> str:
+        return f"Power<{torch.finfo(FLOATS[self.kind]).max:.0f}>"
+
     def limit(self, dtype: torch.dtype) -> float:
         return torch.finfo(FLOATS[self.kind]).max * 2.0**100
 

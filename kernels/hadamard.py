@@ -48,6 +48,13 @@ class Hadamard(Wrapper):
         """The C++ type that reads the planes (`kernels/cpp/wrapper.h`)."""
         return f"Hadamard<{self.inner_cpp(dim, dtype, side)}, {dim}, {dim & -dim}>"
 
+    def cpp_writer(self, dim: int, dtype: torch.dtype, side: Side) -> str:
+        """The C++ type that writes the planes; RecipeError if none does."""
+        if not hasattr(self.inner, "cpp_writer") or self.inner.step > 1:
+            raise RecipeError(f"{self.inner.name} has no C++ writer of single tokens")
+        inside = self.inner.cpp_writer(dim, dtype, side)
+        return f"HadamardWriter<{inside}, {self.cpp(dim, dtype, side)}, {dim}>"
+
 
 def turn(x: Tensor) -> Tensor:
     """H x over the last dim, in blocks of the largest power of two that divides it; H = H^-1."""

@@ -58,6 +58,12 @@ class Int(Coded):
         short = (scale.float() < want) & (want < F16_NORMAL)  # subnormals: round up, never to zero
         return torch.where(short, above, scale).clamp_max(F16_MAX), low
 
+    @property
+    def cpp_fit(self) -> str:
+        if self.symmetric:
+            return f"Peak<{max(2 ** (self.bits - 1) - 1, 1)}>"
+        return f"Asymmetric<{self.bits}>"
+
     def limit(self, dtype: torch.dtype) -> float:
         return F16_MAX / 2  # low fits fp16, and so does high - low
 

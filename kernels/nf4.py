@@ -52,6 +52,10 @@ class Nf4(Coded):
     def fit(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return round_up(x.abs().amax(-1, keepdim=True)), None
 
+    @property
+    def cpp_fit(self) -> str:
+        return "Peak<1>"
+
     def limit(self, dtype: torch.dtype) -> float:
         return F16_MAX
 

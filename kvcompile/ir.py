@@ -53,7 +53,9 @@ LIB.define(
     "decode(Tensor(a!) cache, Tensor q, Tensor k, Tensor v, Tensor? mask, *, float scale, "
     "str recipe='', int layer) -> Tensor"
 )
-LIB.define("linear(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor")
+LIB.define(
+    "linear(Tensor x, Tensor[] weights, Tensor?[] biases, *, str gate='') -> Tensor"
+)
 
 ATTENTION = torch.ops.kvc.attention.default
 ROPE = torch.ops.kvc.rope.default
@@ -107,8 +109,9 @@ def _(cache, q, k, v, mask, *, scale, recipe="", layer):  # type: ignore[no-unty
 
 
 @torch.library.register_fake("kvc::linear", lib=LIB)
-def _(x, weights, biases):  # type: ignore[no-untyped-def]
-    return x.new_empty(*x.shape[:-1], sum(w.shape[0] for w in weights))
+def _(x, weights, biases, *, gate=""):  # type: ignore[no-untyped-def]
+    rows = sum(w.shape[0] for w in weights[: 1 if gate else None])
+    return x.new_empty(*x.shape[:-1], rows)
 
 
 INLINED: dict[OpOverload, Callable[..., Any]] = {}  # ops that a compiler should see through

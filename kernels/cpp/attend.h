@@ -3,19 +3,7 @@
 // A work unit is a block of 128 token numbers of one (row, kv head): all units are split evenly
 // over the threads, so that few heads use all cores; a thread's results for a head are partial
 // softmaxes, merged by their log-sum-exps.
-#include <algorithm>
-#include <omp.h>
-#include <type_traits>
-#include <vector>
 namespace kvc {
-
-struct Tier {  // planes of one tier; table [rows, heads, pages]
-    const int32_t* table;
-    long pages;
-    const void* plane[8];
-};
-
-struct None {};
 
 // The closed form of the count (kvcompile/store.py): which numbers are in which tier.
 template <class C> struct Span {

@@ -14,14 +14,14 @@ from kvcompile.backend.template import (
     threads,
     to_dtype,
 )
-from kvcompile.ir import ATTEND, LINEAR
-from kvcompile.kernels import cpp_attend, cpp_vector
+from kvcompile.ir import APPEND, ATTEND, LINEAR, STORABLE
+from kvcompile.kernels import cpp_append, cpp_attend, cpp_vector
 from kvcompile.kernels import linear as linears
 from kvcompile.store import Store
 
 
 @lowering(LINEAR, linears, cpp_vector)
-def linear(x: Any, weights: list[Any], biases: list[Any]) -> Any:
+def linear(x: Any, weights: list[Any], biases: list[Any], *, gate: str = "") -> Any:
     """One row of x against weights whose rows are contiguous."""
     *rows, _ = x.get_size()
     if x.get_device().type != "cpu" or not all(_equal(n, 1) for n in rows):
@@ -31,10 +31,9 @@ def linear(x: Any, weights: list[Any], biases: list[Any]) -> Any:
         inputs[f"weight{i}"] = weight if _equal(weight.get_stride()[1], 1) else contiguous(weight)
         if bias is not None:
             inputs[f"bias{i}"] = contiguous(bias)
-    total = sum(w.get_size()[0] for w in weights)
-    return kernel("linear", linears.FUNCTIONS,
-                  linears.statements([b is not None for b in biases]), inputs,
-                  [*rows, total], x.get_dtype())
+    total = sum(w.get_size()[0] for w in weights[: 1 if gate else None])
+    return kernel(linears.FUNCTIONS, linears.statements([b is not None for b in biases], gate),
+                  inputs, [*rows, total], x.get_dtype())
 
 
 @lowering(ATTEND, cpp_attend, *cpp_attend.FILES)
@@ -56,10 +55,45 @@ def attend(q: Any, k: Any, v: Any, planes: list[Any], positions: Any, valid: Any
     inputs |= {f"plane{i}": plane for i, plane in enumerate(planes)}
     if sinks is not None:
         inputs["sinks"] = to_dtype(contiguous(sinks), torch.float32)
-    o = kernel("attend", cpp_attend.functions(parsed, shape, threads()),
+    o = kernel(cpp_attend.functions(parsed, shape, threads()),
                cpp_attend.statements(parsed, shape), inputs,
                [batch, heads, tokens, v.get_size()[3]], q.get_dtype())
     return o, o
+
+
+@lowering(APPEND, cpp_append, *cpp_append.FILES)
+def append(planes: list[Any], k: list[Any], v: list[Any], positions: Any, valid: Any, *,
+           store: str, slots: list[int]) -> Any:
+    """One token a row."""
+    batch, heads, tokens, dim = k[0].get_size()
+    if valid.get_device().type != "cpu" or not _equal(tokens, 1):
+        return None
+    dims, dtype = (int(dim), int(v[0].get_size()[3])), k[0].get_dtype()
+    parsed = Store.parse(store)
+    if cpp_append.unsupported(parsed, dims, dtype):
+        return None
+    inputs = {f"plane{i}": plane for i, plane in enumerate(planes)}
+    inputs |= {f"k{i}": last_contiguous(x) for i, x in enumerate(k)}
+    inputs |= {f"v{i}": last_contiguous(x) for i, x in enumerate(v)}
+    inputs["valid"] = contiguous(valid)
+    kernel(cpp_append.functions(parsed, dims, dtype),
+           cpp_append.statements(parsed, dims, dtype, int(heads), slots, threads()), inputs, [1],
+           torch.uint8, [f"plane{i}" for i in range(len(planes))])
+    return ()
+
+
+@lowering(STORABLE, cpp_append, *cpp_append.FILES)
+def storable(k: list[Any], v: list[Any], k_limits: list[float], v_limits: list[float]) -> Any:
+    """One token a row."""
+    if k[0].get_device().type != "cpu" or not _equal(k[0].get_size()[2], 1):
+        return None
+    inputs = {f"k{i}": last_contiguous(x) for i, x in enumerate(k)}
+    inputs |= {f"v{i}": last_contiguous(x) for i, x in enumerate(v)}
+    dtypes = {x.get_dtype() for x in (*k, *v)}
+    if not dtypes <= cpp_append.CPP.keys():
+        return None
+    return kernel(cpp_append.headers(), cpp_append.check([x.get_dtype() for x in k], k_limits,
+                                                         v_limits), inputs, [len(k)], torch.bool)
 
 
 def _used(output: int) -> bool:

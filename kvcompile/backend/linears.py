@@ -6,6 +6,7 @@ lies, and one kernel for q, k and v (or gate and up) starts its threads once.
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -26,20 +27,21 @@ def merge_linears(gm: GraphModule, inputs: Sequence[Tensor]) -> None:
     for node in gm.graph.nodes:
         if node.target is aten.linear.default and _fits(node, sizes):
             groups[node.args[0]].append(node)
-    for x, nodes in groups.items():
-        _merge(gm.graph, x, nodes)
+    for nodes in groups.values():
+        _merge(gm.graph, nodes)
     gm.graph.lint()
     gm.recompile()
 
 
 def _sizes(graph: Graph, inputs: Sequence[Tensor]) -> dict[sympy.Expr, int]:
     """What the symbols in the shapes of the graph's inputs are for these inputs."""
-    found = {}
+    found: dict[sympy.Expr, int] = {}
     places = (n for n in graph.nodes if n.op == "placeholder")
     for place, given in zip(places, inputs, strict=True):
-        for symbol, size in zip(place.meta["val"].shape if "val" in place.meta else (), given.shape):
-            if isinstance(symbol, torch.SymInt):
-                found[symbol.node.expr] = size
+        if "val" in place.meta:  # a plane has none
+            found.update((symbol.node.expr, size) for symbol, size
+                         in zip(place.meta["val"].shape, given.shape, strict=True)
+                         if isinstance(symbol, torch.SymInt))
     return found
 
 
@@ -65,22 +67,78 @@ def _operands(node: Node) -> tuple[Node, Node, Any]:
     return x, weight, bias[0] if bias else node.kwargs.get("bias")  # type: ignore[return-value]
 
 
-def _merge(graph: Graph, x: Node, nodes: list[Node]) -> None:
-    """One kvc.linear in place of `nodes`, linears of `x`; their results are slices of it."""
+def _merge(graph: Graph, nodes: list[Node]) -> None:
+    """One kvc.linear in place of `nodes`, linears of one input; their results are slices of it."""
+    x = _operands(nodes[0])[0]
+    gated = _gated(nodes)
+    if gated:
+        nodes = [gated.gate, gated.other]
     weights, biases = zip(*(_operands(n)[1:] for n in nodes))
     for parameter in (*weights, *biases):
         if parameter is not None and x < parameter:
             x.prepend(parameter)
+    options: dict[str, Any] = {"gate": gated.name} if gated else {}
     with graph.inserting_after(x):
-        merged = graph.call_function(LINEAR, (x, list(weights), list(biases)))
+        merged = graph.call_function(LINEAR, (x, list(weights), list(biases)), options)
+    if gated or len(nodes) == 1:
+        _replace(graph, gated.product if gated else nodes[0], merged)
+        return
     merged.meta["val"] = torch.cat([n.meta["val"] for n in nodes], -1)
     start = 0
     for node, weight in zip(nodes, weights):
-        part, end = merged, start + weight.meta["val"].shape[0]
-        if len(nodes) > 1:
-            with graph.inserting_after(merged):
-                part = graph.call_function(aten.slice.Tensor, (merged, -1, start, end))
-            part.meta["val"] = node.meta["val"]
-        node.replace_all_uses_with(part)
-        graph.erase_node(node)
+        end = start + weight.meta["val"].shape[0]
+        with graph.inserting_after(merged):
+            part = graph.call_function(aten.slice.Tensor, (merged, -1, start, end))
+        _replace(graph, node, part)
         start = end
+
+
+def _replace(graph: Graph, old: Node, new: Node) -> None:
+    """`new` in place of `old`, which goes with all that was computed for it alone."""
+    new.meta["val"] = old.meta["val"]
+    old.replace_all_uses_with(new)
+    _erase(graph, old)
+
+
+def _erase(graph: Graph, node: Node) -> None:
+    operands = node.all_input_nodes
+    graph.erase_node(node)
+    for operand in operands:
+        if not operand.users and operand.op == "call_function":
+            _erase(graph, operand)
+
+
+@dataclass(frozen=True)
+class Gated:
+    """product = activation `name` of (linear `gate`) * linear `other`."""
+
+    name: str
+    gate: Node
+    other: Node
+    product: Node
+
+
+def _gated(nodes: list[Node]) -> Gated | None:
+    """What two linears of the same input are, if nothing else uses them."""
+    if len(nodes) != 2:
+        return None
+    for gate, other in (nodes, nodes[::-1]):
+        activation, product = _only_user(gate), _only_user(other)
+        if activation is None or product is None or product.target is not aten.mul.Tensor:
+            continue
+        name = _activation(activation)
+        if name and _only_user(activation) is product:
+            return Gated(name, gate, other, product)
+    return None
+
+
+def _only_user(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _activation(node: Node) -> str | None:
+    """The name that kvc.linear has for an activation."""
+    target: Any = node.target
+    if target is aten.gelu.default:
+        return "tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
+    return {aten.silu.default: "silu", aten.relu.default: "relu"}.get(target)

@@ -6,7 +6,8 @@ Private API of torch 2.13, and why:
         own compiled, called and cached with the rest of a graph, without a dispatcher call
     register_lowering   what takes the place of a kvc op; torch._inductor.lowering must be imported
         before any template is
-    V.graph.no_fuse_buffer_names   our text takes no epilogues, so nothing may be fused to its output
+    MutationOutput   which inputs a kernel writes, for the order of what reads them
+    V.graph.no_fuse_buffer_names   our text takes no epilogues: nothing may be fused to its output
     config.unsafe_marked_cacheable_functions   part of the key of Inductor's caches, which do not
         see the text of a lowering: stale kernels would come back from the disk
 """
@@ -49,31 +50,35 @@ def lowering(op: OpOverload, *texts: ModuleType | Path) -> Callable[[Callable], 
             return plain(*args, **kwargs) if out is None else out
 
         register_lowering(op, type_promotion_kind=None)(lower)
-        files = [m if isinstance(m, Path) else inspect.getfile(m) for m in (function, *texts)]
         digest = hashlib.sha256()
-        for file in (__file__, *files):
+        for source in (function, *texts):
+            file = source if isinstance(source, Path) else inspect.getfile(source)
             digest.update(Path(file).read_bytes())
+        digest.update(Path(__file__).read_bytes())
         LOWERED[str(op)] = digest.hexdigest()
         return function
 
     return register
 
 
-def kernel(name: str, functions: str, statements: str, inputs: Mapping[str, Any],
-           size: Sequence[Any], dtype: torch.dtype) -> ir.TensorBox:
+def kernel(functions: str, statements: str, inputs: Mapping[str, Any], size: Sequence[Any],
+           dtype: torch.dtype, mutated: Sequence[str] = ()) -> ir.TensorBox:
     """A contiguous tensor of `size` and `dtype`, computed by a C++ function on the CPU.
 
     `functions` is what stands before it and `statements` its body. There, input `a` is the pointer
     `a` to its first element, `a_size[]` and `a_stride[]` (int64_t, in elements; 0-d tensors have
     neither), and the result is the pointer `out`. Inputs may be views and may share memory.
-    The text must not contain three single quotes in a row.
+    The text must not contain three single quotes in a row. It may write, through `const_cast`, into
+    the inputs named by `mutated`.
     """
     nodes = {key: ir.ExternKernel.realize_input(node) for key, node in inputs.items()}
     layout = ir.FixedLayout(torch.device("cpu"), dtype, list(size))
-    text = _Text(name, functions, statements, nodes)
-    buffer = ir.CppTemplateBuffer(layout, list(nodes.values()), text.make, cast(Any, text), None)
+    text = _Text(functions, statements, nodes)
+    buffer = _Buffer(layout, list(nodes.values()), text.make, cast(Any, text), None)
+    buffer.mutations = [ir.MutationOutput(ir.NoneLayout(device=layout.device), nodes[key], buffer)
+                        for key in mutated]
     V.graph.no_fuse_buffer_names.add(buffer.get_name())
-    return cast(ir.TensorBox, ir.TensorBox.create(buffer))
+    return ir.TensorBox.create(buffer)
 
 
 def contiguous(node: Any) -> Any:
@@ -103,11 +108,19 @@ def threads() -> int:
     return parallel_num_threads()
 
 
+class _Buffer(ir.CppTemplateBuffer):
+    """A template's output, and what it writes into beside."""
+
+    mutations: Sequence[ir.MutationOutput] = ()
+
+    def get_outputs(self) -> list[Any]:
+        return [self, *self.mutations]
+
+
 @dataclass(frozen=True)
 class _Text:
     """What Inductor asks for when it writes the kernel."""
 
-    name: str
     functions: str
     statements: str
     inputs: Mapping[str, Any]

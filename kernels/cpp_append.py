@@ -1,0 +1,105 @@
+"""The C++ text of kvc.append for one token a row, and of kvc.storable, printed from the formats."""
+
+from functools import cache
+
+import torch
+
+from kvcompile.errors import RecipeError
+from kvcompile.format import PAGE, term_of
+from kvcompile.kernels.cpp_attend import FOLDER, READERS, TIERS, tiers
+from kvcompile.kernels.dense import CPP
+from kvcompile.store import SIDES, Store
+
+FILES = (*READERS, FOLDER / "append.h")
+
+
+def unsupported(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> str | None:
+    """Why no kernel can be printed; None if one can."""
+    if dtype not in CPP:
+        return f"no kernel for {str(dtype).removeprefix('torch.')}"
+    for side, dim in zip(SIDES, dims, strict=True):
+        if dim % 16 or dim > 512:
+            return f"head dimension {dim} is not a multiple of 16 up to 512"
+        for tier in store.tiers(side):
+            fmt = store.format(side, tier)
+            if not hasattr(fmt, "cpp_writer"):
+                return f"format {fmt.name} has no C++ writer"
+            try:
+                fmt.cpp_writer(dim, dtype, side)
+            except RecipeError as error:
+                return f"{term_of(fmt)}: {error}"
+    return None
+
+
+@cache
+def headers() -> str:
+    """What every kernel's text starts with."""
+    return "\n".join(file.read_text() for file in FILES)
+
+
+def functions(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> str:
+    """What stands before the kernel's function: the types that a store's tiers are written by."""
+    lines = []
+    for side, dim in zip(SIDES, dims, strict=True):
+        how, up, held = store.side(side), side.upper(), store.tiers(side)
+        for tier in TIERS:
+            writer = "None"
+            if tier in held:
+                writer = store.format(side, tier).cpp_writer(dim, dtype, side)  # type: ignore[attr-defined]
+            lines.append(f"using {up}{tier.capitalize()} = {writer};")
+        rings = ", ".join(str((store.ring(side, t) or 0) // PAGE) for t in ("body", "recent"))
+        lines.append(f"using {up}Queue = Queue<{store.sinks}, {store.window}, {store.grain}, "
+                     f"{how.block}, {how.lag}, {rings}>;")
+    text = "\n".join(lines)
+    return f"{headers()}\nnamespace kvc {{\n{text}\n}}"
+
+
+def statements(store: Store, dims: tuple[int, int], dtype: torch.dtype, heads: int,
+               slots: list[int], threads: int) -> str:
+    """The kernel's statements: k0, v0, .. of the layers `slots`, valid and plane0.. (the count
+    first, all written) -> one more token in every row that is valid."""
+    number, pointer = len(slots), f"const {_cpp(dtype)}*"
+    lines = [f"const int64_t batch = valid_size[0], heads = {heads};",
+             f"const int64_t slots[] = {{{', '.join(map(str, slots))}}};"]
+    for side in SIDES:
+        names = ", ".join(f"({pointer}){side}{i}" for i in range(number))
+        lines.append(f"{pointer} {side}_at[] = {{{names}}};")
+        for d, what in enumerate(("row", "head")):
+            strides = ", ".join(f"{side}{i}_stride[{d}]" for i in range(number))
+            lines.append(f"const int64_t {side}_{what}[] = {{{strides}}};")
+    lines += [f"#pragma omp parallel for num_threads({threads})",
+              f"for (int64_t i = 0; i < {number} * batch * heads; i++) {{",
+              "  const int64_t layer = i / (batch * heads), b = i / heads % batch, h = i % heads;",
+              "  if (!valid[b]) continue;",
+              "  const int64_t place = (slots[layer] * batch + b) * heads + h;",
+              "  int32_t& count = const_cast<int32_t&>(plane0[place]);",
+              "  kvc::Tier " + ", ".join(f"{s}_{t}{{}}" for s in SIDES for t in TIERS) + ";"]
+    lines += ["  " + line for line in tiers(store, dims, dtype, "", "place")]
+    for side, dim in zip(SIDES, dims, strict=True):
+        up = side.upper()
+        lines.append(
+            f"  kvc::append_one<kvc::{up}Queue, kvc::{up}Sinks, kvc::{up}Body, kvc::{up}Recent, "
+            f"{dim}>({side}_sinks, {side}_body, {side}_recent, count, {side}_at[layer] + b * "
+            f"{side}_row[layer] + h * {side}_head[layer]);")
+    return "\n".join([*lines, "  count++;", "}", "out[0] = 0;"])
+
+
+def check(dtypes: list[torch.dtype], k_limits: list[float], v_limits: list[float]) -> str:
+    """kvc.storable's statements: k0, v0, .. [B, H, 1, D] -> bool out[layer]."""
+    lines = ["auto fine = [](const auto* x, const auto* size, const auto* stride, float limit) {",
+             "  bool ok = true;",
+             "  for (int64_t b = 0; b < size[0]; b++) for (int64_t h = 0; h < size[1]; h++)",
+             "    for (int64_t d = 0; d < size[3]; d++)",
+             "      ok &= std::fabs(kvc::read(x + b * stride[0] + h * stride[1] + d)) <= limit;",
+             "  return ok;", "};"]
+    for i, dtype in enumerate(dtypes):
+        pointer, both = f"const {_cpp(dtype)}*", []
+        for side, limit in (("k", k_limits[i]), ("v", v_limits[i])):
+            name = f"{side}{i}"
+            both.append(f"fine(({pointer}){name}, {name}_size, {name}_stride, {limit!r})")
+        lines.append(f"out[{i}] = {' && '.join(both)};")
+    return "\n".join(lines)
+
+
+def _cpp(dtype: torch.dtype) -> str:
+    return "float" if dtype is torch.float32 else f"kvc::{CPP[dtype]}"
