@@ -81,7 +81,7 @@ def statements(store: Store, dims: tuple[int, int], dtype: torch.dtype, heads: i
             f"  kvc::append_one<kvc::{up}Queue, kvc::{up}Sinks, kvc::{up}Body, kvc::{up}Recent, "
             f"{dim}>({side}_sinks, {side}_body, {side}_recent, count, {side}_at[layer] + b * "
             f"{side}_row[layer] + h * {side}_head[layer]);")
-    return "\n".join([*lines, "  count++;", "}", "out[0] = 0;"])
+    return "\n".join([*lines, "  count++;", "}"])
 
 
 def check(dtypes: list[torch.dtype], k_limits: list[float], v_limits: list[float]) -> str:

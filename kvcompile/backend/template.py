@@ -68,8 +68,8 @@ def kernel(functions: str, statements: str, inputs: Mapping[str, Any], size: Seq
     `functions` is what stands before it and `statements` its body. There, input `a` is the pointer
     `a` to its first element, `a_size[]` and `a_stride[]` (int64_t, in elements; 0-d tensors have
     neither), and the result is the pointer `out`. Inputs may be views and may share memory.
-    The text must not contain three single quotes in a row. It may write, through `const_cast`, into
-    the inputs named by `mutated`.
+    The text must not contain three single quotes in a row. If it
+    writes, through `const_cast`, into inputs, they are named by `mutated`, and there is no `out`.
     """
     nodes = {key: ir.ExternKernel.realize_input(node) for key, node in inputs.items()}
     layout = ir.FixedLayout(torch.device("cpu"), dtype, list(size))
@@ -134,7 +134,8 @@ class _Text:
         arguments = {node.get_name(): f"in{i}" for i, node in enumerate(self.inputs.values())}
         buffers = {arguments[node.get_name()]: node for node in self.inputs.values()}
         offsets = [node.get_layout().offset for node in self.inputs.values()]
-        head = kernel.def_kernel(buffers, {"out": out}, extra_sizevars=offsets)
+        results = {} if out.mutations else {"out": out}
+        head = kernel.def_kernel(buffers, results, extra_sizevars=offsets)
         lines = []
         for (key, node), offset in zip(self.inputs.items(), offsets, strict=True):
             place = cexpr_index(kernel.rename_indexing(offset))
