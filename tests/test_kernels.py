@@ -9,7 +9,7 @@ from torch._inductor.utils import run_and_get_code
 
 from kvcompile.backend.inductor import compile_graph
 from kvcompile.ir import APPEND, ATTEND
-from kvcompile.kernels import cpp_attend
+from kvcompile.kernels import cpp_append, cpp_attend
 from kvcompile.planes import Group
 from kvcompile.site import Site
 from kvcompile.store import Store
@@ -183,3 +183,51 @@ def test_what_has_no_kernel_says_why(store, dims, names):
     got, texts = case.fused()
     assert "kvc::attend<Config" not in texts
     assert torch.equal(got, want)
+
+
+APPENDED = ("store", KIVI.format(4, 32), KIVI.format(2, 32), "store(k=int, v=int(bits=4), v_lag=3)",
+            "store(k=fp8, v=fp8(kind=e5m2))", "store(k=nf4(axis=channel), v=nf4)",
+            "store(k=int(bits=4, symmetric=true), v=hadamard(of=int(bits=4, symmetric=true)))",
+            "store(k=int(bits=4, axis=channel), k_block=128, v=int(bits=4), v_lag=128, sinks=4, "
+            "window=100)", "store(sinks=3, window=20)")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("text", APPENDED)
+def test_appending_stores_the_same_bits(text, dtype):
+    """Token by token over several blocks; a row of padding stays as it is."""
+    store, rows, dims = Store.parse(text), 3, (64, 64)
+    if cpp_append.unsupported(store, dims, dtype):
+        pytest.fail(cpp_append.unsupported(store, dims, dtype))
+    site, g = Site(0, 2, 2, dims, dtype, 0, store), torch.Generator().manual_seed(0)
+    both = [Group([site, site], rows, torch.device("cpu")) for _ in range(2)]
+    start = torch.tensor([0, 100, 37])
+    first = torch.arange(100)[None] < start[:, None]
+    x = torch.randn(2, 2, rows, 2, 300, 64, generator=g)
+    x[..., 5] *= 40
+    x = torch.where(torch.rand(x.shape, generator=g) < 0.01, 0.0, x).to(dtype)
+    options = dict(store=text, slots=[1, 0])
+    for group in both:
+        group.reserve([300] * rows)
+        APPEND(group.planes, [*x[0, ..., :100, :]], [*x[1, ..., :100, :]],
+               torch.arange(100).expand(rows, -1), first, **options)
+    graph = torch.fx.Graph()
+    flat = [*x[..., :1, :].flatten(0, 1).contiguous(), *both[0].planes, start.view(rows, 1),
+            torch.ones(rows, 1, dtype=torch.bool)]
+    nodes = [graph.placeholder(f"x{i}") for i in range(len(flat))]
+    graph.call_function(APPEND, (nodes[4:-2], nodes[:2], nodes[2:4], *nodes[-2:]), options)
+    graph.output((nodes[-1],))
+    gm = torch.fx.GraphModule({}, graph)
+    with torch.no_grad(), config.patch(force_disable_caches=True):
+        run, texts = run_and_get_code(lambda: compile_graph(gm, flat, [[]] * len(flat)))
+    assert "kvc::append_one" in "".join(texts)
+    valid = torch.tensor([[True], [True], [False]])
+    for t in range(100, 300):
+        at = slice(t, t + 1)
+        given = [*x[0, ..., at, :].contiguous()], [*x[1, ..., at, :].contiguous()]
+        where = torch.full((rows, 1), t)
+        APPEND(both[0].planes, *given, where, valid, **options)
+        run(*given[0], *given[1], *both[1].planes, where, valid)
+    for spec, a, b in zip(both[0].specs, both[0].planes, both[1].planes, strict=True):
+        assert torch.equal(a, b), spec.name
+    assert both[0].planes[0][0, :, 0].tolist() == [200, 300, 37]

@@ -189,7 +189,7 @@ inline void append_one(const Tier& sinks, const Tier& body, const Tier& recent, 
         }
     }
     if constexpr (!std::is_same_v<Recent, None>)
-        Recent::write(recent.plane, page(recent, number, Q::recent_ring), (int)(number % PAGE), token, 1);
+        if (number >= Q::end(n + 1)) Recent::write(recent.plane, page(recent, number, Q::recent_ring), (int)(number % PAGE), token, 1);
 }
 
 }  // namespace kvc
