@@ -22,8 +22,9 @@ def linear(x: Any, weights: list[Any], biases: list[Any], *, gate: str = "") -> 
         if bias is not None:
             inputs[f"bias{i}"] = contiguous(bias)
     total = sum(w.get_size()[0] for w in weights[: 1 if gate else None])
-    return kernel(linears.FUNCTIONS, linears.statements([b is not None for b in biases], gate),
-                  inputs, [*rows, total], x.get_dtype())
+    statements = linears.statements([b is not None for b in biases], gate)
+    return kernel([cpp_vector.TEXT, linears.TEXT], statements, inputs, [*rows, total],
+                  x.get_dtype())
 
 
 def _equal(size: Any, value: int) -> bool:

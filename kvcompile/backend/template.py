@@ -57,18 +57,18 @@ def lowering(op: OpOverload, *texts: ModuleType) -> Callable[[Callable], Callabl
     return register
 
 
-def kernel(functions: str, statements: str, inputs: Mapping[str, Any], size: Sequence[Any],
-           dtype: torch.dtype) -> ir.TensorBox:
+def kernel(functions: Sequence[str], statements: str, inputs: Mapping[str, Any],
+           size: Sequence[Any], dtype: torch.dtype) -> ir.TensorBox:
     """A contiguous tensor of `size` and `dtype`, computed by a C++ function on the CPU.
 
-    `functions` is what stands before it and `statements` its body. There, input `a` is the pointer
-    `a` to its first element, `a_size[]` and `a_stride[]` (int64_t, in elements; 0-d tensors have
-    neither), and the result is the pointer `out`. Inputs may be views and may share memory.
-    The text must not contain three single quotes in a row.
+    `functions` are the texts that stand before it, each once in a file, and `statements` its body.
+    There, input `a` is the pointer `a` to its first element, `a_size[]` and `a_stride[]` (int64_t,
+    in elements; 0-d tensors have neither), and the result is the pointer `out`. Inputs may be views
+    and may share memory. No text may contain three single quotes in a row.
     """
     nodes = {key: ir.ExternKernel.realize_input(node) for key, node in inputs.items()}
     layout = ir.FixedLayout(torch.device("cpu"), dtype, list(size))
-    text = _Text(functions, statements, nodes)
+    text = _Text("".join(map(_once, functions)), statements, nodes)
     buffer = ir.CppTemplateBuffer(layout, list(nodes.values()), text.make, cast(Any, text), None)
     V.graph.no_fuse_buffer_names.add(buffer.get_name())
     return ir.TensorBox.create(buffer)
@@ -77,6 +77,12 @@ def kernel(functions: str, statements: str, inputs: Mapping[str, Any], size: Seq
 def contiguous(node: Any) -> Any:
     """`node`, copied if its elements do not lie one after another."""
     return ir.ExternKernel.require_contiguous(node)
+
+
+def _once(text: str) -> str:
+    """`text` for a file that may hold several kernels."""
+    guard = f"KVC_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return f"#ifndef {guard}\n#define {guard}\n{text}\n#endif\n"
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ class _Text:
                     lines.append(f"[[maybe_unused]] const int64_t {key}_{what}[] = "
                                  f"{{{', '.join(texts)}}};")
         declarations = "\n".join(lines)
-        return (f'{HEADER}{self.functions}\nextern "C" {head}\n'
+        return (f'{HEADER}{self.functions}extern "C" {head}\n'
                 f"{{\n{declarations}\n{self.statements}\n}}\n")
 
 
