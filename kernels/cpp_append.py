@@ -1,6 +1,7 @@
 """The C++ text of kvc.append for one token a row, and of kvc.storable, printed from the formats."""
 
 from functools import cache
+from hashlib import sha256
 
 import torch
 
@@ -51,7 +52,7 @@ def functions(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> str:
         lines.append(f"using {up}Queue = Queue<{store.sinks}, {store.window}, {store.grain}, "
                      f"{how.block}, {how.lag}, {rings}>;")
     text = "\n".join(lines)
-    return f"{headers()}\nnamespace kvc {{\n{text}\n}}"
+    return f"namespace kvc::{_name(store, dims, dtype)} {{\n{text}\n}}"
 
 
 def statements(store: Store, dims: tuple[int, int], dtype: torch.dtype, heads: int,
@@ -59,6 +60,7 @@ def statements(store: Store, dims: tuple[int, int], dtype: torch.dtype, heads: i
     """The kernel's statements: k0, v0, .. of the layers `slots`, valid and plane0.. (the count
     first, all written) -> one more token in every row that is valid."""
     number, pointer = len(slots), f"const {_cpp(dtype)}*"
+    name = f"kvc::{_name(store, dims, dtype)}::"
     lines = [f"const int64_t batch = valid_size[0], heads = {heads};",
              f"const int64_t slots[] = {{{', '.join(map(str, slots))}}};"]
     for side in SIDES:
@@ -78,7 +80,7 @@ def statements(store: Store, dims: tuple[int, int], dtype: torch.dtype, heads: i
     for side, dim in zip(SIDES, dims, strict=True):
         up = side.upper()
         lines.append(
-            f"  kvc::append_one<kvc::{up}Queue, kvc::{up}Sinks, kvc::{up}Body, kvc::{up}Recent, "
+            f"  kvc::append_one<{name}{up}Queue, {name}{up}Sinks, {name}{up}Body, {name}{up}Recent, "
             f"{dim}>({side}_sinks, {side}_body, {side}_recent, count, {side}_at[layer] + b * "
             f"{side}_row[layer] + h * {side}_head[layer]);")
     return "\n".join([*lines, "  count++;", "}"])
@@ -99,6 +101,11 @@ def check(dtypes: list[torch.dtype], k_limits: list[float], v_limits: list[float
             both.append(f"fine(({pointer}){name}, {name}_size, {name}_stride, {limit!r})")
         lines.append(f"out[{i}] = {' && '.join(both)};")
     return "\n".join(lines)
+
+
+def _name(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> str:
+    """A name of its own for every kernel: several may stand in one file."""
+    return "append" + sha256(repr((str(store), dims, dtype)).encode()).hexdigest()[:12]
 
 
 def _cpp(dtype: torch.dtype) -> str:

@@ -1,6 +1,7 @@
 """The C++ text of kvc.attend for one query per row, printed from a store's formats."""
 
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,20 +55,17 @@ def headers() -> str:
     return "\n".join(file.read_text() for file in FILES)
 
 
-def functions(store: Store, shape: Shape, threads: int) -> str:
-    """What stands before the kernel's function."""
-    return f"{headers()}\n{config(store, shape, threads)}"
-
-
-def statements(store: Store, shape: Shape) -> str:
+def statements(store: Store, shape: Shape, threads: int) -> str:
     """The kernel's statements: q, k, v, valid, sinks, plane0.. (the count first) and slot -> out.
 
     Planes hold all layers of a group; `slot` points to the layer's number. `<name>_size` and
     `_stride` are the sizes and strides of a tensor.
     """
+    name = _name(store, shape, threads)
     dtype = CPP[shape.dtype]
     pointer = f"const {'float' if dtype == 'float' else 'kvc::' + dtype}*"
-    lines = ["const int64_t batch = q_size[0];", "Config::Tiers tiers;",
+    lines = ["const int64_t batch = q_size[0];", f"using Config = kvc::{name};",
+             "Config::Tiers tiers;",
              *tiers(store, shape.dims, shape.dtype, "tiers.",
                     "slot[0] * batch * Config::H")]
     lines += [f"const auto* q_ = ({pointer})q;", f"const auto* k_ = ({pointer})k;",
@@ -114,7 +112,13 @@ def config(store: Store, shape: Shape, threads: int) -> str:
                              f"{0 if ring is None else ring // PAGE};")
     lines.append(f"struct Tiers {{ kvc::Tier {', '.join(members)}; }};")
     text = "\n    ".join(lines)
-    return f"namespace kvc {{\nstruct Config {{\n    {text}\n}};\n}}\nusing kvc::Config;"
+    name = _name(store, shape, threads)
+    return f"namespace kvc {{\nstruct {name} {{\n    {text}\n}};\n}}"
+
+
+def _name(store: Store, shape: Shape, threads: int) -> str:
+    """A name of its own for every kernel: several may stand in one file."""
+    return "Attend" + sha256(repr((str(store), shape, threads)).encode()).hexdigest()[:12]
 
 
 def tiers(store: Store, dims: tuple[int, int], dtype: torch.dtype, prefix: str, start: str

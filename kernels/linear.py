@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvcompile.ir import body
-from kvcompile.kernels import cpp_vector
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu, "gelu": F.gelu, "tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
@@ -30,7 +29,7 @@ def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], *, gat
     return GATES[gate](parts[0]) * parts[1] if gate else torch.cat(parts, -1)
 
 
-FUNCTIONS = cpp_vector.TEXT + r"""
+TEXT = r"""
 namespace kvc {
 // out[r] = w[r] . x for R rows of w; what comes 8 KB later in memory is asked for meanwhile.
 template <int R, typename T>

@@ -35,8 +35,8 @@ def test_a_group_that_does_not_fit_the_head():
     with pytest.raises(RecipeError) as info:
         kvcompile.optimize(kvcompile.optimize(tiny("llama", head_dim=48), "full", compile=False),
                            "kivi(group=32)")
-    assert line(info) == ("kivi: layer 0: int(group=32): head dimension 48 is not a multiple of "
-                          "32; use group=16 or 48")
+    assert line(info) == ("kivi: layer 0: int(bits=2): head dimension 48 is not a multiple of "
+                          "group=32; use group=16 or 48")
 
 
 def test_not_a_decoder():

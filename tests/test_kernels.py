@@ -73,7 +73,7 @@ class Case:
         given, options = self.arguments(*(x.float() for x in (self.q, self.k, self.v)))
         want, _ = ATTEND(*given, **options)
         got, texts = self.fused()
-        assert "kvc::attend<Config" in texts, "the plain body was run"
+        assert "kvc::attend<" in texts, "the plain body was run"
         error = (got.float() - want).abs().max()
         assert error <= self.tolerance(want), (error, self.tolerance(want))
         return got
@@ -181,7 +181,7 @@ def test_what_has_no_kernel_says_why(store, dims, names):
     given, options = case.arguments(case.q, case.k, case.v)
     want, _ = ATTEND(*given, **options)
     got, texts = case.fused()
-    assert "kvc::attend<Config" not in texts
+    assert "kvc::attend<" not in texts
     assert torch.equal(got, want)
 
 

@@ -9,6 +9,7 @@ from torch._inductor.utils import run_and_get_code
 import kvcompile
 from kvcompile.backend.inductor import compile_graph
 from kvcompile.ir import LINEAR, argument
+from kvcompile.kernels import cpp_vector
 from kvcompile.kernels import linear as text
 from kvcompile.models.tiny import tiny
 
@@ -61,7 +62,7 @@ def check(outputs, x, w0, w1, w2, b0, b1, b2):
 def test_kernel(dtype, hold_back, monkeypatch):
     """Every form of the text that this machine can run; sizes that end anywhere in a vector."""
     define = f"#define {hold_back}\n" if hold_back else ""
-    monkeypatch.setattr(text, "FUNCTIONS", define + text.FUNCTIONS)
+    monkeypatch.setattr(cpp_vector, "TEXT", define + cpp_vector.TEXT)
     dynamic = [[2], [0, 1], [0, 1], [0, 1], [0], [0], [0]]
     with torch.no_grad():
         step, codes = run_and_get_code(

@@ -42,6 +42,7 @@ def compile_graph(gm: GraphModule, inputs: Sequence[Tensor],
 
     A dynamic dim must have a size of at least 2 in `inputs`; the compiled function takes any size.
     Dynamic dims of equal size in `inputs` are one symbol: they must always be equal.
+    It trusts its caller with the other sizes: checking hundreds of tensors takes a millisecond.
     """
     if all(x.device.type == "cpu" for x in inputs):
         Thread(target=pick_vec_isa).start()  # meanwhile the graph is traced
@@ -54,7 +55,7 @@ def compile_graph(gm: GraphModule, inputs: Sequence[Tensor],
         fakes.append(mode.from_tensor(x, symbolic_context=context,
                                       source=ConstantSource(f"__kvc_{i}")))
     with torch.no_grad():
-        return _compile(gm, fakes)
+        return _compile(gm, fakes, size_asserts=False, alignment_asserts=False)
 
 
 def to_aten(gm: GraphModule) -> GraphModule:
@@ -80,6 +81,6 @@ def compile_dynamo(gm: GraphModule, inputs: Sequence) -> Callable:
     return _compile(gm, inputs)
 
 
-def _compile(gm: GraphModule, inputs: Sequence) -> Callable:
-    return cast(Callable, compile_fx(gm, list(inputs), config_patches=cache_key(),
+def _compile(gm: GraphModule, inputs: Sequence, **settings: bool) -> Callable:
+    return cast(Callable, compile_fx(gm, list(inputs), config_patches=cache_key() | settings,
                                      decompositions={**select_decomp_table(), **INLINED}))

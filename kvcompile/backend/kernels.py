@@ -32,8 +32,9 @@ def linear(x: Any, weights: list[Any], biases: list[Any], *, gate: str = "") -> 
         if bias is not None:
             inputs[f"bias{i}"] = contiguous(bias)
     total = sum(w.get_size()[0] for w in weights[: 1 if gate else None])
-    return kernel(linears.FUNCTIONS, linears.statements([b is not None for b in biases], gate),
-                  inputs, [*rows, total], x.get_dtype())
+    statements = linears.statements([b is not None for b in biases], gate)
+    return kernel([cpp_vector.TEXT, linears.TEXT], statements, inputs, [*rows, total],
+                  x.get_dtype())
 
 
 @lowering(ATTEND, cpp_attend, *cpp_attend.FILES)
@@ -55,8 +56,8 @@ def attend(q: Any, k: Any, v: Any, planes: list[Any], positions: Any, valid: Any
     inputs |= {f"plane{i}": plane for i, plane in enumerate(planes)}
     if sinks is not None:
         inputs["sinks"] = to_dtype(contiguous(sinks), torch.float32)
-    o = kernel(cpp_attend.functions(parsed, shape, threads()),
-               cpp_attend.statements(parsed, shape), inputs,
+    o = kernel([cpp_attend.headers(), cpp_attend.config(parsed, shape, threads())],
+               cpp_attend.statements(parsed, shape, threads()), inputs,
                [batch, heads, tokens, v.get_size()[3]], q.get_dtype())
     return o, o
 
@@ -76,7 +77,7 @@ def append(planes: list[Any], k: list[Any], v: list[Any], positions: Any, valid:
     inputs |= {f"k{i}": last_contiguous(x) for i, x in enumerate(k)}
     inputs |= {f"v{i}": last_contiguous(x) for i, x in enumerate(v)}
     inputs["valid"] = contiguous(valid)
-    kernel(cpp_append.functions(parsed, dims, dtype),
+    kernel([cpp_append.headers(), cpp_append.functions(parsed, dims, dtype)],
            cpp_append.statements(parsed, dims, dtype, int(heads), slots, threads()), inputs, [1],
            torch.uint8, [f"plane{i}" for i in range(len(planes))])
     return ()
@@ -92,7 +93,7 @@ def storable(k: list[Any], v: list[Any], k_limits: list[float], v_limits: list[f
     dtypes = {x.get_dtype() for x in (*k, *v)}
     if not dtypes <= cpp_append.CPP.keys():
         return None
-    return kernel(cpp_append.headers(), cpp_append.check([x.get_dtype() for x in k], k_limits,
+    return kernel([cpp_append.headers()], cpp_append.check([x.get_dtype() for x in k], k_limits,
                                                          v_limits), inputs, [len(k)], torch.bool)
 
 

@@ -61,19 +61,19 @@ def lowering(op: OpOverload, *texts: ModuleType | Path) -> Callable[[Callable], 
     return register
 
 
-def kernel(functions: str, statements: str, inputs: Mapping[str, Any], size: Sequence[Any],
-           dtype: torch.dtype, mutated: Sequence[str] = ()) -> ir.TensorBox:
+def kernel(functions: Sequence[str], statements: str, inputs: Mapping[str, Any],
+           size: Sequence[Any], dtype: torch.dtype, mutated: Sequence[str] = ()) -> ir.TensorBox:
     """A contiguous tensor of `size` and `dtype`, computed by a C++ function on the CPU.
 
-    `functions` is what stands before it and `statements` its body. There, input `a` is the pointer
-    `a` to its first element, `a_size[]` and `a_stride[]` (int64_t, in elements; 0-d tensors have
-    neither), and the result is the pointer `out`. Inputs may be views and may share memory.
-    The text must not contain three single quotes in a row. If it
-    writes, through `const_cast`, into inputs, they are named by `mutated`, and there is no `out`.
+    `functions` are the texts that stand before it, each once in a file, and `statements` its body.
+    There, input `a` is the pointer `a` to its first element, `a_size[]` and `a_stride[]` (int64_t,
+    in elements; 0-d tensors have neither), and the result is the pointer `out`. Inputs may be views
+    and may share memory. No text may contain three single quotes in a row. If it writes into
+    inputs, through `const_cast`, they are named by `mutated`, and there is no `out`.
     """
     nodes = {key: ir.ExternKernel.realize_input(node) for key, node in inputs.items()}
     layout = ir.FixedLayout(torch.device("cpu"), dtype, list(size))
-    text = _Text(functions, statements, nodes)
+    text = _Text("".join(map(_once, functions)), statements, nodes)
     buffer = _Buffer(layout, list(nodes.values()), text.make, cast(Any, text), None)
     buffer.mutations = [ir.MutationOutput(ir.NoneLayout(device=layout.device), nodes[key], buffer)
                         for key in mutated]
@@ -117,6 +117,12 @@ class _Buffer(ir.CppTemplateBuffer):
         return [self, *self.mutations]
 
 
+def _once(text: str) -> str:
+    """`text` for a file that may hold several kernels."""
+    guard = f"KVC_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return f"#ifndef {guard}\n#define {guard}\n{text}\n#endif\n"
+
+
 @dataclass(frozen=True)
 class _Text:
     """What Inductor asks for when it writes the kernel."""
@@ -146,7 +152,7 @@ class _Text:
                     lines.append(f"[[maybe_unused]] const int64_t {key}_{what}[] = "
                                  f"{{{', '.join(texts)}}};")
         declarations = "\n".join(lines)
-        return (f'{HEADER}{self.functions}\nextern "C" {head}\n'
+        return (f'{HEADER}{self.functions}extern "C" {head}\n'
                 f"{{\n{declarations}\n{self.statements}\n}}\n")
 
 
