@@ -46,30 +46,31 @@ template <class C> struct State {  // of one head's queries: o is not yet divide
 template <class C> struct Queries {  // of one kv head, scaled
     alignas(64) float q[C::G][C::DK];
     alignas(64) float turned[C::G][turns<typename C::KBody> ? C::DK : 1];
+    float peak[C::G], turned_peak[C::G];  // largest magnitudes
 };
 
 template <class Reader, int R, bool ROUGH>
-inline void read_logits(const Tier& tier, long page, const float* const* q, int from, int to, float (*out)[PAGE]) {
+inline void read_logits(const Tier& tier, long page, const float* const* q, const float* peaks, int from, int to, float (*out)[PAGE]) {
     Reader reader(tier.plane, page);
     if (from % 16 == 0) {
-        reader.template logits<R, ROUGH>(q, from / 16, (to + 15) / 16, out);
+        reader.template logits<R, ROUGH>(q, peaks, from / 16, (to + 15) / 16, out);
         return;
     }
     alignas(64) float some[R][PAGE];
-    reader.template logits<R, ROUGH>(q, from / 16, (to + 15) / 16, some);
+    reader.template logits<R, ROUGH>(q, peaks, from / 16, (to + 15) / 16, some);
     for (int r = 0; r < R; r++) std::memcpy(out[r] + from, some[r] + from, (to - from) * sizeof(float));
 }
 
 template <class Reader, int R, bool ROUGH, int D>
-inline void add_values(const Tier& tier, long page, const float (*p)[PAGE], int from, int to, bool whole, float (*o)[D]) {
+inline void add_values(const Tier& tier, long page, const float (*p)[PAGE], const float* share, int from, int to, bool whole, float (*o)[D]) {
     Reader reader(tier.plane, page);
     if (whole) {
-        reader.template add<R, ROUGH>(p, from / 16, (to + 15) / 16, o);
+        reader.template add<R, ROUGH>(p, share, from / 16, (to + 15) / 16, o);
         return;
     }
     alignas(64) float some[R][PAGE] = {};
     for (int r = 0; r < R; r++) std::memcpy(some[r] + from, p[r] + from, (to - from) * sizeof(float));
-    reader.template add<R, ROUGH>(some, from / 16, (to + 15) / 16, o);
+    reader.template add<R, ROUGH>(some, share, from / 16, (to + 15) / 16, o);
 }
 
 // Logits are in units of ln 2, so that weights are powers of two.
@@ -77,31 +78,47 @@ constexpr float LOG2E = 1.44269504088896341f;
 template <class C> constexpr float SCALE = C::SOFTCAP != 0.0f ? C::SCALE : C::SCALE * LOG2E;
 template <class C> inline float capped(float x) { return C::SOFTCAP * std::tanh(x / C::SOFTCAP) * LOG2E; }
 
-// Softmax weights of the logits x[.. [from, to)] and the state's move to the new maximum.
+// Softmax weights of the logits x[.. [from, to)] relative to the largest of them, what they count
+// beside those of other blocks (`share`), and the state's move to the new maximum.
 template <class C, int R>
-inline void weigh(float (*x)[PAGE], int from, int to, State<C>& s, int row) {
+inline void weigh(float (*x)[PAGE], int from, int to, State<C>& s, int row, float* share) {
     int low = from / 16 * 16, high = (to + 15) / 16 * 16;
+    alignas(64) float kept[16] = {}, own[16] = {}, mass[16];
+    vf most[R], at[R], total[R];
     for (int r = 0; r < R; r++) {
         for (int t = low; t < from; t++) x[r][t] = -INFINITY;
         for (int t = to; t < high; t++) x[r][t] = -INFINITY;
         if (C::SOFTCAP != 0.0f)
             for (int t = from; t < to; t++) x[r][t] = capped<C>(x[r][t]);
-        vf most = set(s.m[row + r]);
-        for (int t = low; t < high; t += 16) most = max(most, load(x[r] + t));
-        float m = peak(most), kept = std::exp2(s.m[row + r] - m);
-        vf total = set(0.0f), at = set(m);
-        for (int t = low; t < high; t += 16) {
-            vf p = exp2<C::ROUGH>(load(x[r] + t) - at);
+        most[r] = load(x[r] + low);
+    }
+    for (int t = low + 16; t < high; t += 16)
+        for (int r = 0; r < R; r++) most[r] = max(most[r], load(x[r] + t));
+    for (int r = 0; r < R; r++) {
+        float m = peak(most[r]), before = s.m[row + r];
+        at[r] = set(m);
+        total[r] = set(0.0f);
+        s.m[row + r] = std::max(m, before);
+        kept[r] = before - s.m[row + r];
+        own[r] = m - s.m[row + r];
+    }
+    for (int t = low; t < high; t += 16)
+        for (int r = 0; r < R; r++) {
+            vf p = exp2<C::ROUGH>(load(x[r] + t) - at[r]);
             store(x[r] + t, p);
-            total = total + p;
+            total[r] = total[r] + p;
         }
-        s.l[row + r] = s.l[row + r] * kept + sum(total);
-        s.m[row + r] = m;
-        if (kept != 1.0f)
-            for (int d = 0; d < C::DV; d += 16) store(s.o[row + r] + d, load(s.o[row + r] + d) * set(kept));
-        if (kept != 1.0f)
-            for (int d = 0; d < State<C>::TURNED; d += 16)
-                store(s.turned[row + r] + d, load(s.turned[row + r] + d) * set(kept));
+    for (int r = 0; r < R; r++) mass[r] = sum(total[r]);
+    store(kept, exp2<false>(load(kept)));
+    store(own, exp2<false>(load(own)));
+    for (int r = 0; r < R; r++) {
+        share[r] = own[r];
+        s.l[row + r] = s.l[row + r] * kept[r] + own[r] * mass[r];
+        if (kept[r] == 1.0f) continue;
+        vf factor = set(kept[r]);
+        for (int d = 0; d < C::DV; d += 16) store(s.o[row + r] + d, load(s.o[row + r] + d) * factor);
+        for (int d = 0; d < State<C>::TURNED; d += 16)
+            store(s.turned[row + r] + d, load(s.turned[row + r] + d) * factor);
     }
 }
 
@@ -109,7 +126,9 @@ template <class C, int R, int ROW>
 inline void rows(const typename C::Tiers& tiers, const Span<C>& at, long place, long block, bool sinks,
                  const Queries<C>& query, State<C>& s) {
     alignas(64) float x[R][PAGE];
-    const float *q[R], *body[R];
+    float share[R];
+    const float *q[R], *body[R], *peaks = query.peak + ROW;
+    const float* body_peaks = turns<typename C::KBody> ? query.turned_peak + ROW : peaks;
     for (int r = 0; r < R; r++) {
         q[r] = query.q[ROW + r];
         body[r] = turns<typename C::KBody> ? query.turned[ROW + r] : q[r];
@@ -120,9 +139,9 @@ inline void rows(const typename C::Tiers& tiers, const Span<C>& at, long place, 
         if constexpr (C::SINKS > 0) {
             int from = (int)(std::max(at.low, base) - base), to = (int)(std::min({at.count, (long)C::SINKS, base + PAGE}) - base);
             if (from >= to) return;
-            read_logits<typename C::KSinks, R, C::ROUGH>(tiers.k_sinks, id(tiers.k_sinks, 0), q, from / 16 * 16, to, x);
-            weigh<C, R>(x, from, to, s, ROW);
-            add_values<typename C::VSinks, R, C::ROUGH>(tiers.v_sinks, id(tiers.v_sinks, 0), x, from, to, true, s.o + ROW);
+            read_logits<typename C::KSinks, R, C::ROUGH>(tiers.k_sinks, id(tiers.k_sinks, 0), q, peaks, from / 16 * 16, to, x);
+            weigh<C, R>(x, from, to, s, ROW, share);
+            add_values<typename C::VSinks, R, C::ROUGH>(tiers.v_sinks, id(tiers.v_sinks, 0), x, share, from, to, true, s.o + ROW);
         }
         return;
     }
@@ -130,20 +149,20 @@ inline void rows(const typename C::Tiers& tiers, const Span<C>& at, long place, 
     int k = (int)std::min<long>(std::max<long>(at.end_k - base, from), to);
     int v = (int)std::min<long>(std::max<long>(at.end_v - base, from), to);
     if constexpr (!std::is_same_v<typename C::KBody, None>)
-        if (from < k) read_logits<typename C::KBody, R, C::ROUGH>(tiers.k_body, id(tiers.k_body, C::K_BODY_RING), body, from / 16 * 16, k, x);
+        if (from < k) read_logits<typename C::KBody, R, C::ROUGH>(tiers.k_body, id(tiers.k_body, C::K_BODY_RING), body, body_peaks, from / 16 * 16, k, x);
     if constexpr (!std::is_same_v<typename C::KRecent, None>)
-        if (k < to) read_logits<typename C::KRecent, R, C::ROUGH>(tiers.k_recent, id(tiers.k_recent, C::K_RECENT_RING), q, k == from ? from / 16 * 16 : k, to, x);
-    weigh<C, R>(x, from, to, s, ROW);
+        if (k < to) read_logits<typename C::KRecent, R, C::ROUGH>(tiers.k_recent, id(tiers.k_recent, C::K_RECENT_RING), q, peaks, k == from ? from / 16 * 16 : k, to, x);
+    weigh<C, R>(x, from, to, s, ROW, share);
     bool cut = v % 16 != 0 && from < v && v < to;
     if constexpr (!std::is_same_v<typename C::VBody, None>)
         if (from < v) {
             if constexpr (turns<typename C::VBody>)
-                add_values<typename C::VBody, R, C::ROUGH>(tiers.v_body, id(tiers.v_body, C::V_BODY_RING), x, from, v, !cut, s.turned + ROW);
+                add_values<typename C::VBody, R, C::ROUGH>(tiers.v_body, id(tiers.v_body, C::V_BODY_RING), x, share, from, v, !cut, s.turned + ROW);
             else
-                add_values<typename C::VBody, R, C::ROUGH>(tiers.v_body, id(tiers.v_body, C::V_BODY_RING), x, from, v, !cut, s.o + ROW);
+                add_values<typename C::VBody, R, C::ROUGH>(tiers.v_body, id(tiers.v_body, C::V_BODY_RING), x, share, from, v, !cut, s.o + ROW);
         }
     if constexpr (!std::is_same_v<typename C::VRecent, None>)
-        if (v < to) add_values<typename C::VRecent, R, C::ROUGH>(tiers.v_recent, id(tiers.v_recent, C::V_RECENT_RING), x, v, to, !cut, s.o + ROW);
+        if (v < to) add_values<typename C::VRecent, R, C::ROUGH>(tiers.v_recent, id(tiers.v_recent, C::V_RECENT_RING), x, share, v, to, !cut, s.o + ROW);
 }
 
 // At most 8 queries share a decoded vector: more would spill registers.
@@ -178,7 +197,9 @@ void attend(const typename C::Tiers& tiers, const int32_t* count, const bool* va
             if constexpr (turns<typename C::KBody>) {
                 std::memcpy(query.turned[g], query.q[g], sizeof(query.q[g]));
                 C::KBody::turn(query.turned[g]);
+                query.turned_peak[g] = largest_of(query.turned[g], C::DK);
             }
+            query.peak[g] = largest_of(query.q[g], C::DK);
         }
     };
     auto work = [&](int thread) {

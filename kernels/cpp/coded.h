@@ -58,22 +58,18 @@ template <int N, class Body> inline void unroll(Body&& body) {
     }
 }
 
+// 16-bit integers: the largest number becomes 32767, so that 256 products with 8-bit codes fit 32
+// bits. The sum of the integers in x[0 .. n), n a multiple of 8.
 #if KVC_INTEGER
-// n numbers (a multiple of 32) as 16-bit integers; returns their unit. The largest becomes 32767,
-// so that 256 products with 8-bit codes fit 32 bits. `total` is the sum of the integers.
-template <bool TOTAL> inline float to_integers(const float* x, int n, int32_t* out, float& total) {
-    vf most = set(0.0f);
-    for (int i = 0; i < n; i += 16) most = max(most, magnitude(load(x + i)));
-    float m = peak(most);
-    vf inverse = set(m > 1e-30f ? 32767.0f / m : 0.0f);
+constexpr float MOST = 32767.0f;
+inline float total_of(const int32_t* x, int n) {
     vi all = zero();
-    for (int i = 0; i < n; i += 32) {
-        vi q = quads(load(x + i), load(x + i + 16), inverse);
-        store(out + i / 2, q);
-        if constexpr (TOTAL) all = dot(all, q, set_int(0x00010001));
+    for (int i = 0; i < n; i += 8) {
+        alignas(64) int32_t some[16] = {};
+        std::memcpy(some, x + i, 32);
+        all = dot(all, load_bytes((const uint8_t*)some), set_int(0x00010001));
     }
-    if constexpr (TOTAL) total = sum(number(all));
-    return m / 32767.0f;
+    return sum(number(all));
 }
 #endif
 
@@ -134,8 +130,8 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedK
 #endif
 
     template <int R> struct Query {  // of one step (axis=channel) or of all channel groups
-        alignas(64) float q[R][ROOM];
         float bias[GROUPS][R];       // what the codes do not touch: q . low, or the sum of q
+        alignas(64) float q[R][ROOM];
 #if KVC_INTEGER
         alignas(64) int32_t whole[R][ROOM / 2];
         float unit[R], shift[GROUPS][R];
@@ -182,23 +178,10 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedK
 
     template <int R, bool ROUGH> void run(Query<R>& query, int first, int last, float (*out)[PAGE]) const {
 #if KVC_INTEGER
-        if constexpr (ROUGH && V::whole) {
-            for (int r = 0; r < R; r++) {
-                float all;
-                query.unit[r] = to_integers<false>(query.q[r], ROOM, query.whole[r], all);
-                if constexpr (V::offset != 0) {
-                    constexpr int each = GROUPS == 1 ? ROOM / 2 : GROUP / 2;
-                    for (int g = 0; g < GROUPS; g++) {
-                        vi sums = zero();
-                        for (int i = 0; i < each; i += 8) {
-                            alignas(64) int32_t x[16] = {};
-                            std::memcpy(x, query.whole[r] + g * each + i, 32);
-                            sums = dot(sums, load_bytes((const uint8_t*)x), set_int(0x00010001));
-                        }
-                        query.shift[g][r] = sum(number(sums)) * query.unit[r] * V::offset;
-                    }
-                }
-            }
+        if constexpr (ROUGH && V::whole && V::offset != 0) {
+            constexpr int each = GROUPS == 1 ? ROOM / 2 : GROUP / 2;
+            for (int r = 0; r < R; r++) for (int g = 0; g < GROUPS; g++)
+                query.shift[g][r] = total_of(query.whole[r] + g * each, each) * query.unit[r] * V::offset;
         }
 #endif
         int group = first;
@@ -207,34 +190,56 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedK
         for (; group < last; group++) some<R, 1, ROUGH>(query, group, out);
     }
 
-    // q[r] has D numbers; token groups [first, last) of the page
-    template <int R, bool ROUGH> void logits(const float* const* q, int first, int last, float (*out)[PAGE]) const {
-        Query<R> query;
-        for (int r = 0; r < R; r++) std::memset(query.q[r] + D / 16 * 16, 0, (ROOM - D) * sizeof(float));
-        if constexpr (AXIS == token_axis) {
+    // q times the scales of one step (axis=channel) or q itself, as `dots` takes it
+    template <int R, bool ROUGH, class Factor, class Unit>
+    void prepare(Query<R>& query, const float* const* q, const float* peaks, Factor&& factor, Unit unit) const {
+        if constexpr (ROUGH && V::whole && KVC_INTEGER) {
+#if KVC_INTEGER
             for (int r = 0; r < R; r++) {
-                std::memcpy(query.q[r], q[r], D * sizeof(float));
+                vf inverse = set(peaks[r] * unit > 1e-30f ? MOST / (peaks[r] * unit) : 0.0f);
+                query.unit[r] = peaks[r] * unit / MOST;
+                for (int d = 0; d < ROOM; d += 32) {
+                    vf a = d < D ? load(q[r] + d) * factor(d) : set(0.0f);
+                    vf b = d + 16 < D ? load(q[r] + d + 16) * factor(d + 16) : set(0.0f);
+                    store(query.whole[r] + d / 2, quads(a, b, inverse));
+                }
+            }
+#endif
+        } else {
+            for (int r = 0; r < R; r++) for (int d = 0; d < ROOM; d += 16)
+                store(query.q[r] + d, d < D ? load(q[r] + d) * factor(d) : set(0.0f));
+        }
+    }
+
+    // q[r] has D numbers, the largest magnitude is peaks[r]; token groups [first, last) of the page
+    template <int R, bool ROUGH>
+    void logits(const float* const* q, const float* peaks, int first, int last, float (*out)[PAGE]) const {
+        Query<R> query;
+        if constexpr (AXIS == token_axis) {
+            prepare<R, ROUGH>(query, q, peaks, [](int) { return set(1.0f); }, 1.0f);
+            for (int r = 0; r < R; r++)
                 for (int g = 0; LOW && g < GROUPS; g++) {
                     vf s = set(0.0f);
                     for (int d = 0; d < GROUP; d += 16) s = s + load(q[r] + g * GROUP + d);
                     query.bias[g][r] = sum(s);
                 }
-            }
             run<R, ROUGH>(query, first, last, out);
         } else {
             constexpr int per = GROUP / 16;  // token groups in a step
             for (int step = first / per; step * per < last; step++) {
-                const S *s = scale + step * D, *z = low + step * D;
-                vf bias[R];
+                alignas(64) float factor[D];
+                vf most = set(0.0f), bias[R];
                 for (int r = 0; r < R; r++) bias[r] = set(0.0f);
                 for (int d = 0; d < D; d += 16) {
-                    vf factor = load(s + d), offset = LOW ? load(z + d) : set(0.0f);
-                    for (int r = 0; r < R; r++) {
-                        vf x = load(q[r] + d);
-                        store(query.q[r] + d, x * factor);
-                        if constexpr (LOW) bias[r] = fma(x, offset, bias[r]);
+                    vf x = load(scale + step * D + d);
+                    most = max(most, x);
+                    store(factor + d, x);
+                    if constexpr (LOW) {
+                        vf z = load(low + step * D + d);
+                        for (int r = 0; r < R; r++) bias[r] = fma(load(q[r] + d), z, bias[r]);
                     }
                 }
+                prepare<R, ROUGH>(query, q, peaks, [&](int d) { return load(factor + d); }, ROUGH ? peak(most) : 1.0f);
                 for (int r = 0; r < R; r++) query.bias[0][r] = LOW ? sum(bias[r]) : 0.0f;
                 int from = step * per > first ? step * per : first;
                 int to = (step + 1) * per < last ? (step + 1) * per : last;
@@ -260,11 +265,11 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedV
           scale((const S*)plane[1] + page * SCALES),
           low(LOW ? (const S*)plane[2] + page * SCALES : nullptr) {}
 
-    template <int R> struct Weights {  // of every channel group
+    template <int R> struct Weights {  // of every channel group: p times the scales
         alignas(64) float p[GROUPS][R][PAGE];
 #if KVC_INTEGER
         alignas(64) int32_t whole[GROUPS][R][PAGE / 2];
-        float unit[GROUPS][R], shift[GROUPS][R];
+        float unit[GROUPS], shift[GROUPS][R];
 #endif
     };
 
@@ -278,9 +283,9 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedV
 
     static constexpr int group_of(int channel) { return GROUPS == 1 ? 0 : channel / GROUP; }
 
-    // o[r] += sum over token quads [first, last) of p v, for the channels of N tiles
-    template <int R, int N, bool REMAINDER, bool ROUGH>
-    void tiles_of(const Weights<R>& weights, int tile, int first, int last, float (*o)[D]) const {
+    // o[r] += share[r] times the sum over token quads [first, last) of p v, for the channels of N tiles
+    template <int R, int N, int tile, bool REMAINDER, bool ROUGH>
+    void tiles_of(const Weights<R>& weights, const float* share, int first, int last, float (*o)[D]) const {
         constexpr int lanes = REMAINDER ? REST : 16;
         vf acc[N * F][R];
         if constexpr (ROUGH && V::whole && KVC_INTEGER) {
@@ -294,7 +299,7 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedV
                     unroll<N>([&](auto i) {
                         unroll<F>([&](auto f) {
                             vi v = field<8 * c + V::bits * f, V::bits>(word[i]);
-                            int group = group_of((tile + i) * TILE + f * lanes);
+                            constexpr int group = group_of((tile + i) * TILE + f * lanes);
                             for (int r = 0; r < R; r++)
                                 whole[i * F + f][r] = dot(whole[i * F + f][r], v, set_int(weights.whole[group][r][quad * 2 + c]));
                         });
@@ -303,7 +308,7 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedV
             }
             for (int i = 0; i < N * F; i++) for (int r = 0; r < R; r++) {
                 int group = group_of((tile + i / F) * TILE + i % F * lanes);
-                acc[i][r] = number(whole[i][r]) * set(weights.unit[group][r]);
+                acc[i][r] = number(whole[i][r]) * set(weights.unit[group]);
                 if constexpr (V::offset != 0) acc[i][r] = acc[i][r] - set(weights.shift[group][r]);
             }
 #endif
@@ -316,7 +321,7 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedV
                     unroll<N>([&](auto i) {
                         unroll<F>([&](auto f) {
                             vf v = values.template at<8 * c + V::bits * f>(word[i]);
-                            int group = group_of((tile + i) * TILE + f * lanes);
+                            constexpr int group = group_of((tile + i) * TILE + f * lanes);
                             for (int r = 0; r < R; r++)
                                 acc[i * F + f][r] = fma(set(weights.p[group][r][quad * 4 + c]), v, acc[i * F + f][r]);
                         });
@@ -329,71 +334,88 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedV
             if constexpr (REMAINDER) {
                 float x[16];
                 store(x, acc[i][r]);
-                for (int d = 0; d < lanes; d++) to[d] += x[d];
+                for (int d = 0; d < lanes; d++) to[d] += share[r] * x[d];
             } else {
-                store(to, load(to) + acc[i][r]);
+                store(to, fma(acc[i][r], set(share[r]), load(to)));
             }
         }
     }
 
-    // Token groups [first, last); weights.p is given
-    template <int R, bool ROUGH> void run(Weights<R>& weights, int first, int last, float (*o)[D]) const {
+    template <int R, bool ROUGH, int TILE0 = 0>
+    void tiles(const Weights<R>& weights, const float* share, int first, int last, float (*o)[D]) const {
+        constexpr int most = !KVC_AVX512 || R * F >= 8 ? 1 : (R * F >= 4 ? 2 : 4);
+        constexpr int abreast = TILE0 + most <= TILES ? most : 1;
+        if constexpr (TILE0 < TILES) {
+            tiles_of<R, abreast, TILE0, false, ROUGH>(weights, share, first * 4, last * 4, o);
+            tiles<R, ROUGH, TILE0 + abreast>(weights, share, first, last, o);
+        } else if constexpr (REST > 0) {
+            tiles_of<R, 1, TILES, true, ROUGH>(weights, share, first * 4, last * 4, o);
+        }
+    }
+
+    // p times factor(t), of token groups [first, last), as `tiles_of` takes it; the largest is `unit`
+    template <int R, bool ROUGH, class Factor>
+    void prepare(Weights<R>& weights, int group, const float (*p)[PAGE], int first, int last, Factor&& factor, float unit) const {
+        if constexpr (ROUGH && V::whole && KVC_INTEGER) {
 #if KVC_INTEGER
-        if constexpr (ROUGH && V::whole) {
-            for (int g = 0; g < GROUPS; g++) for (int r = 0; r < R; r++) {
-                int from = first / 2 * 32, to = (last + 1) / 2 * 32;  // whole pairs of token groups
-                if (from < first * 16) store(weights.p[g][r] + from, set(0.0f));
-                if (last * 16 < to) store(weights.p[g][r] + last * 16, set(0.0f));
-                float all = 0.0f;
-                weights.unit[g][r] = to_integers<V::offset != 0>(
-                    weights.p[g][r] + from, to - from, weights.whole[g][r] + from / 2, all);
-                weights.shift[g][r] = all * weights.unit[g][r] * V::offset;
+            vf inverse = set(unit > 1e-30f ? MOST / unit : 0.0f);
+            weights.unit[group] = unit / MOST;
+            int from = first / 2 * 2, to = (last + 1) / 2 * 2;  // whole pairs of token groups
+            for (int r = 0; r < R; r++) {
+                for (int t = from; t < to; t += 2) {
+                    vf a = t < first ? set(0.0f) : load(p[r] + t * 16) * factor(t * 16);
+                    vf b = t + 1 < last ? load(p[r] + t * 16 + 16) * factor(t * 16 + 16) : set(0.0f);
+                    store(weights.whole[group][r] + t * 8, quads(a, b, inverse));
+                }
+                if constexpr (V::offset != 0)
+                    weights.shift[group][r] = total_of(weights.whole[group][r] + from * 8, (to - from) * 8) * weights.unit[group] * V::offset;
             }
-        }
 #endif
-        constexpr int abreast = !KVC_AVX512 || R * F >= 8 ? 1 : (R * F >= 4 ? 2 : 4);
-        int tile = 0;
-        for (; tile + abreast <= TILES; tile += abreast) tiles_of<R, abreast, false, ROUGH>(weights, tile, first * 4, last * 4, o);
-        for (; tile < TILES; tile++) tiles_of<R, 1, false, ROUGH>(weights, tile, first * 4, last * 4, o);
-        if constexpr (REST > 0) tiles_of<R, 1, true, ROUGH>(weights, TILES, first * 4, last * 4, o);
+        } else {
+            for (int r = 0; r < R; r++)
+                for (int t = first * 16; t < last * 16; t += 16)
+                    store(weights.p[group][r] + t, load(p[r] + t) * factor(t));
+        }
     }
 
-    template <int R, bool ROUGH> void add(const float (*p)[PAGE], int first, int last, float (*o)[D]) const {
+    // o[r] += share[r] times the sum of p[r][t] v[t], 0 <= p <= 1, over token groups [first, last)
+    template <int R, bool ROUGH>
+    void add(const float (*p)[PAGE], const float* share, int first, int last, float (*o)[D]) const {
         Weights<R> weights;
         if constexpr (AXIS == token_axis) {
             for (int g = 0; g < GROUPS; g++) {
-                vf bias[R];
+                alignas(64) float factor[PAGE];
+                vf most = set(0.0f), bias[R];
                 for (int r = 0; r < R; r++) bias[r] = set(0.0f);
                 for (int t = first * 16; t < last * 16; t += 16) {
-                    vf factor = load(scale + g * PAGE + t), offset = LOW ? load(low + g * PAGE + t) : set(0.0f);
-                    for (int r = 0; r < R; r++) {
-                        vf x = load(p[r] + t);
-                        store(weights.p[g][r] + t, x * factor);
-                        if constexpr (LOW) bias[r] = fma(x, offset, bias[r]);
+                    vf x = load(scale + g * PAGE + t);
+                    most = max(most, x);
+                    store(factor + t, x);
+                    if constexpr (LOW) {
+                        vf z = load(low + g * PAGE + t);
+                        for (int r = 0; r < R; r++) bias[r] = fma(load(p[r] + t), z, bias[r]);
                     }
                 }
+                prepare<R, ROUGH>(weights, g, p, first, last, [&](int t) { return load(factor + t); }, ROUGH ? peak(most) : 1.0f);
                 constexpr int width = GROUPS == 1 ? D : GROUP;
                 for (int r = 0; LOW && r < R; r++) {
-                    vf z = set(sum(bias[r]));
+                    vf z = set(sum(bias[r]) * share[r]);
                     for (int d = g * width; d < (g + 1) * width; d += 16) store(o[r] + d, load(o[r] + d) + z);
                 }
             }
-            run<R, ROUGH>(weights, first, last, o);
+            tiles<R, ROUGH>(weights, share, first, last, o);
         } else {
             constexpr int per = GROUP / 16;
             for (int step = first / per; step * per < last; step++) {
                 int from = step * per > first ? step * per : first;
                 int to = (step + 1) * per < last ? (step + 1) * per : last;
                 alignas(64) float part[R][D] = {};
-                vf mass[R];
+                prepare<R, ROUGH>(weights, 0, p, from, to, [](int) { return set(1.0f); }, 1.0f);
+                tiles<R, ROUGH>(weights, share, from, to, part);
                 for (int r = 0; r < R; r++) {
-                    std::memcpy(weights.p[0][r] + from * 16, p[r] + from * 16, (to - from) * 64);
-                    mass[r] = set(0.0f);
-                    for (int t = from * 16; LOW && t < to * 16; t += 16) mass[r] = mass[r] + load(p[r] + t);
-                }
-                run<R, ROUGH>(weights, from, to, part);
-                for (int r = 0; r < R; r++) {
-                    vf all = set(LOW ? sum(mass[r]) : 0.0f);
+                    vf mass = set(0.0f);
+                    for (int t = from * 16; LOW && t < to * 16; t += 16) mass = mass + load(p[r] + t);
+                    vf all = set(LOW ? sum(mass) * share[r] : 0.0f);
                     for (int d = 0; d < D; d += 16) {
                         vf x = fma(load(part[r] + d), load(scale + step * D + d), load(o[r] + d));
                         if constexpr (LOW) x = fma(all, load(low + step * D + d), x);

@@ -6,7 +6,7 @@ template <int D, class T> struct DenseK {
     const T* data;
     DenseK(const void* const* plane, long page) : data((const T*)plane[0] + page * (PAGE * D)) {}
 
-    template <int R, bool> void logits(const float* const* q, int first, int last, float (*out)[PAGE]) const {
+    template <int R, bool> void logits(const float* const* q, const float*, int first, int last, float (*out)[PAGE]) const {
         for (int group = first; group < last; group++) {
             vf part[R][16];
             for (int t = 0; t < 16; t++) {
@@ -29,9 +29,9 @@ template <int D, class T> struct DenseV {
     const T* data;
     DenseV(const void* const* plane, long page) : data((const T*)plane[0] + page * (PAGE * D)) {}
 
-    template <int R, int N> void part(const float (*p)[PAGE], int first, int last, int from, float (*o)[D]) const {
+    template <int R, int N> void part(const float (*p)[PAGE], const float* share, int first, int last, int from, float (*o)[D]) const {
         vf acc[N][R];
-        for (int i = 0; i < N; i++) for (int r = 0; r < R; r++) acc[i][r] = load(o[r] + from + i * 16);
+        for (int i = 0; i < N; i++) for (int r = 0; r < R; r++) acc[i][r] = set(0.0f);
         for (int t = first; t < last; t++) {
             const T* v = data + t * D + from;
             for (int i = 0; i < N; i++) {
@@ -39,14 +39,17 @@ template <int D, class T> struct DenseV {
                 for (int r = 0; r < R; r++) acc[i][r] = fma(set(p[r][t]), x, acc[i][r]);
             }
         }
-        for (int i = 0; i < N; i++) for (int r = 0; r < R; r++) store(o[r] + from + i * 16, acc[i][r]);
+        for (int i = 0; i < N; i++) for (int r = 0; r < R; r++) {
+            float* to = o[r] + from + i * 16;
+            store(to, fma(acc[i][r], set(share[r]), load(to)));
+        }
     }
 
-    template <int R, bool> void add(const float (*p)[PAGE], int first, int last, float (*o)[D]) const {
+    template <int R, bool> void add(const float (*p)[PAGE], const float* share, int first, int last, float (*o)[D]) const {
         constexpr int abreast = KVC_AVX512 ? (R <= 4 ? 4 : 2) : 1;
         int from = 0;
-        for (; from + abreast * 16 <= D; from += abreast * 16) part<R, abreast>(p, first * 16, last * 16, from, o);
-        for (; from < D; from += 16) part<R, 1>(p, first * 16, last * 16, from, o);
+        for (; from + abreast * 16 <= D; from += abreast * 16) part<R, abreast>(p, share, first * 16, last * 16, from, o);
+        for (; from < D; from += 16) part<R, 1>(p, share, first * 16, last * 16, from, o);
     }
 };
 

@@ -93,8 +93,8 @@ inline vi quads(vf a, vf b, vf inverse) {
     return _mm512_permutexvar_epi16(order, x);
 }
 inline void store(int32_t* p, vi a) { _mm512_storeu_si512(p, a); }
-inline vf magnitude(vf a) { return _mm512_abs_ps(a); }
 #endif
+inline vf magnitude(vf a) { return _mm512_abs_ps(a); }
 #else
 typedef float vf __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
@@ -145,7 +145,14 @@ inline vf load(const exponent* p) {
     return bits(a);
 }
 inline vf sums(const vf* a) { vf out; for (int i = 0; i < 16; i++) out[i] = sum(a[i]); return out; }
+inline vf magnitude(vf a) { return a < 0 ? -a : a; }
 #endif
+
+inline float largest_of(const float* x, int n) {  // n a multiple of 16
+    vf most = set(0.0f);
+    for (int i = 0; i < n; i += 16) most = max(most, magnitude(load(x + i)));
+    return peak(most);
+}
 
 // 2^x for x <= 0, at least 2^-126. The polynomials are least-squares fits at Chebyshev nodes:
 // relative error 8e-8, or 3e-6 where `ROUGH`.

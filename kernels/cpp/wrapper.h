@@ -50,8 +50,8 @@ template <class Inner, int D, int STEP> struct Centered {
     Centered(const void* const* plane, long page)
         : inner(plane, page), mean((const half*)plane[Inner::planes] + page * (PAGE / STEP * D)) {}
 
-    template <int R, bool ROUGH> void logits(const float* const* q, int first, int last, float (*out)[PAGE]) const {
-        inner.template logits<R, ROUGH>(q, first, last, out);
+    template <int R, bool ROUGH> void logits(const float* const* q, const float* peaks, int first, int last, float (*out)[PAGE]) const {
+        inner.template logits<R, ROUGH>(q, peaks, first, last, out);
         each_step<STEP>(first, last, [&](int step, int from, int to) {
             for (int r = 0; r < R; r++) {
                 vf bias = set(dot_of<D>(q[r], mean + step * D));
@@ -60,11 +60,11 @@ template <class Inner, int D, int STEP> struct Centered {
         });
     }
 
-    template <int R, bool ROUGH> void add(const float (*p)[PAGE], int first, int last, float (*o)[D]) const {
-        inner.template add<R, ROUGH>(p, first, last, o);
+    template <int R, bool ROUGH> void add(const float (*p)[PAGE], const float* share, int first, int last, float (*o)[D]) const {
+        inner.template add<R, ROUGH>(p, share, first, last, o);
         each_step<STEP>(first, last, [&](int step, int from, int to) {
             for (int r = 0; r < R; r++) {
-                vf mass = set(total(p[r], from, to));
+                vf mass = set(total(p[r], from, to) * share[r]);
                 for (int d = 0; d < D; d += 16) store(o[r] + d, fma(mass, load(mean + step * D + d), load(o[r] + d)));
             }
         });
@@ -79,22 +79,24 @@ template <class Inner, int D, int STEP> struct Scaled {
     Scaled(const void* const* plane, long page)
         : inner(plane, page), channel((const half*)plane[Inner::planes] + page * (PAGE / STEP * D)) {}
 
-    template <int R, bool ROUGH> void logits(const float* const* q, int first, int last, float (*out)[PAGE]) const {
+    template <int R, bool ROUGH> void logits(const float* const* q, const float* peaks, int first, int last, float (*out)[PAGE]) const {
         each_step<STEP>(first, last, [&](int step, int from, int to) {
             alignas(64) float scaled[R][D];
             const float* x[R];
+            float most[R];
             for (int r = 0; r < R; r++) {
                 x[r] = scaled[r];
                 for (int d = 0; d < D; d += 16) store(scaled[r] + d, load(q[r] + d) * load(channel + step * D + d));
+                most[r] = largest_of(scaled[r], D);
             }
-            inner.template logits<R, ROUGH>(x, from, to, out);
+            inner.template logits<R, ROUGH>(x, most, from, to, out);
         });
     }
 
-    template <int R, bool ROUGH> void add(const float (*p)[PAGE], int first, int last, float (*o)[D]) const {
+    template <int R, bool ROUGH> void add(const float (*p)[PAGE], const float* share, int first, int last, float (*o)[D]) const {
         each_step<STEP>(first, last, [&](int step, int from, int to) {
             alignas(64) float part[R][D] = {};
-            inner.template add<R, ROUGH>(p, from, to, part);
+            inner.template add<R, ROUGH>(p, share, from, to, part);
             for (int r = 0; r < R; r++)
                 for (int d = 0; d < D; d += 16)
                     store(o[r] + d, fma(load(part[r] + d), load(channel + step * D + d), load(o[r] + d)));
@@ -111,8 +113,8 @@ template <class Inner, int D, int STEP, int RANK> struct Lowrank {
         : inner(plane, page), a((const half*)plane[Inner::planes] + page * (PAGE * RANK)),
           b((const half*)plane[Inner::planes + 1] + page * (PAGE / STEP * RANK * D)) {}
 
-    template <int R, bool ROUGH> void logits(const float* const* q, int first, int last, float (*out)[PAGE]) const {
-        inner.template logits<R, ROUGH>(q, first, last, out);
+    template <int R, bool ROUGH> void logits(const float* const* q, const float* peaks, int first, int last, float (*out)[PAGE]) const {
+        inner.template logits<R, ROUGH>(q, peaks, first, last, out);
         each_step<STEP>(first, last, [&](int step, int from, int to) {
             for (int k = 0; k < RANK; k++) {
                 const half* tokens = a + (step * RANK + k) * STEP - step * STEP;
@@ -125,15 +127,15 @@ template <class Inner, int D, int STEP, int RANK> struct Lowrank {
         });
     }
 
-    template <int R, bool ROUGH> void add(const float (*p)[PAGE], int first, int last, float (*o)[D]) const {
-        inner.template add<R, ROUGH>(p, first, last, o);
+    template <int R, bool ROUGH> void add(const float (*p)[PAGE], const float* share, int first, int last, float (*o)[D]) const {
+        inner.template add<R, ROUGH>(p, share, first, last, o);
         each_step<STEP>(first, last, [&](int step, int from, int to) {
             for (int k = 0; k < RANK; k++) {
                 const half* tokens = a + (step * RANK + k) * STEP - step * STEP;
                 for (int r = 0; r < R; r++) {
                     vf s = set(0.0f);
                     for (int t = from * 16; t < to * 16; t += 16) s = fma(load(p[r] + t), load(tokens + t), s);
-                    vf w = set(sum(s));
+                    vf w = set(sum(s) * share[r]);
                     for (int d = 0; d < D; d += 16)
                         store(o[r] + d, fma(w, load(b + (step * RANK + k) * D + d), load(o[r] + d)));
                 }
@@ -173,8 +175,8 @@ template <class Inner, int D, Axis AXIS, int GROUP, int N> struct Sparse {
 
 template <class Inner, int D, Axis AXIS, int GROUP, int N> struct OutliersK : Sparse<Inner, D, AXIS, GROUP, N> {
     using Sparse<Inner, D, AXIS, GROUP, N>::Sparse;
-    template <int R, bool ROUGH> void logits(const float* const* q, int first, int last, float (*out)[PAGE]) const {
-        this->inner.template logits<R, ROUGH>(q, first, last, out);
+    template <int R, bool ROUGH> void logits(const float* const* q, const float* peaks, int first, int last, float (*out)[PAGE]) const {
+        this->inner.template logits<R, ROUGH>(q, peaks, first, last, out);
         this->each(first, last, [&](int t, int c, float x) {
             for (int r = 0; r < R; r++) out[r][t] += q[r][c] * x;
         });
@@ -183,10 +185,10 @@ template <class Inner, int D, Axis AXIS, int GROUP, int N> struct OutliersK : Sp
 
 template <class Inner, int D, Axis AXIS, int GROUP, int N> struct OutliersV : Sparse<Inner, D, AXIS, GROUP, N> {
     using Sparse<Inner, D, AXIS, GROUP, N>::Sparse;
-    template <int R, bool ROUGH> void add(const float (*p)[PAGE], int first, int last, float (*o)[D]) const {
-        this->inner.template add<R, ROUGH>(p, first, last, o);
+    template <int R, bool ROUGH> void add(const float (*p)[PAGE], const float* share, int first, int last, float (*o)[D]) const {
+        this->inner.template add<R, ROUGH>(p, share, first, last, o);
         this->each(first, last, [&](int t, int c, float x) {
-            for (int r = 0; r < R; r++) o[r][c] += p[r][t] * x;
+            for (int r = 0; r < R; r++) o[r][c] += share[r] * p[r][t] * x;
         });
     }
 };
