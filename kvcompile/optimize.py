@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from kvcompile.backend.inductor import check_compiler
 from kvcompile.cache import KVCache
 from kvcompile.engine import Engine
 from kvcompile.errors import KVCompileError, UnsupportedModelError
@@ -38,6 +39,8 @@ def optimize(model: PreTrainedModel, recipe: str | Recipe = "kivi(bits=4)", *,
     for name, value in (("max_length", max_length), ("prefill_chunk", prefill_chunk)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise KVCompileError(f"{name}={value!r}: must be a positive whole number")
+    if compile:
+        check_compiler()
     if isinstance(model, Optimized):
         model.kvcompile.check_weights(model)
         base, program = model.kvcompile.model, model.kvcompile.program.lower(recipe)

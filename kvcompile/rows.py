@@ -11,6 +11,7 @@ from kvcompile.ir import attention_nodes
 from kvcompile.plan import plan
 from kvcompile.program import Program
 from kvcompile.recipe import Recipe
+from kvcompile.registry import module
 from kvcompile.rewrite import Outcome, Pass, Refused, Rewritten, copy_graph, passes, run_passes
 from kvcompile.site import Site
 from kvcompile.store import SIDES, Store
@@ -45,8 +46,25 @@ def layer_rows(program: Program, before: Sequence[float]) -> list[Row]:
 
 
 def kernel_of(site: Site) -> tuple[str, str]:
-    """What runs the kvc ops of `site`, and why that is no fused kernel ("" if it is one)."""
-    return "eager body", f"no fused kernel yet for {storage(site.store).replace(chr(10), ', ')}"
+    """What runs the kvc ops of a compiled step on the CPU, and why that is no fused kernel, if so.
+
+    Calls of more than one token, and steps that are not compiled, run the plain bodies.
+    """
+    why = fused(site)
+    if not why:
+        return "fused C++", ""
+    which = "eager body" if len(why) == 2 else f"eager {' '.join(why)}"
+    return which, "; ".join(f"kvc.{op} runs its plain body: {reason}" for op, reason in why.items())
+
+
+def fused(site: Site) -> dict[str, str]:
+    """For the ops of `site` that have no fused kernel on the CPU, the reason."""
+    attend, append = module("kernels", "cpp_attend"), module("kernels", "cpp_append")
+    shape = attend.Shape(site.heads, site.q_heads // site.heads, site.dims, site.dtype, 1.0,
+                         site.window)
+    found = {"attend": attend.unsupported(site.store, shape),
+             "append": append.unsupported(site.store, site.dims, site.dtype)}
+    return {op: reason for op, reason in found.items() if reason}
 
 
 def storage(store: Store) -> str:

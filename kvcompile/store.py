@@ -22,7 +22,8 @@ from typing import NamedTuple
 import torch
 
 from kvcompile.errors import RecipeError
-from kvcompile.format import PAGE, Format, Side as SideName, format_of, step_bytes, term_of
+from kvcompile.format import PAGE, Format, format_of, step_bytes, term_of
+from kvcompile.format import Side as SideName
 from kvcompile.recipe import Term, parse_term
 
 DENSE = Term("dense")

@@ -39,6 +39,21 @@ def test_a_group_that_does_not_fit_the_head():
                           "group=32; use group=16 or 48")
 
 
+def test_no_compiler(monkeypatch):
+    from torch._inductor import config, cpp_builder
+
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+    cpp_builder.cpp_compiler_search.cache_clear()
+    try:
+        with pytest.raises(KVCompileError) as info:
+            kvcompile.optimize(optimized("llama"), "kivi")
+    finally:
+        cpp_builder.cpp_compiler_search.cache_clear()
+    assert line(info) == ("no working C++ compiler (no-such-compiler): install g++ or set CXX, or "
+                          "pass compile=False for the slow plain bodies")
+
+
 def test_not_a_decoder():
     bert = BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
                                 intermediate_size=32, vocab_size=50))

@@ -100,8 +100,17 @@ def test_rows_say_what_each_pass_did() -> None:
     assert done[1, "insert_cache"].before == done[1, "insert_cache"].after == 44
     assert {row.layer for row in report.rows} == {0, 1, 2, 3}
     assert [row.layer for row in report.rows] == sorted(row.layer for row in report.rows)
-    assert all(row.kernel == "eager body" and "no fused kernel yet" in row.why
-               for row in report.rows)
+    assert all((row.kernel, row.why) == ("fused C++", "") for row in report.rows)
+
+
+def test_what_has_no_kernel_says_why() -> None:
+    report = kvcompile.explain(tiny("llama", head_dim=24), "fp8")
+    rows = report.rows
+    assert "eager body (layers 0-3): kvc.attend runs its plain body: head" in str(report)
+    why = "head dimension 24 is not a multiple of 16 up to 512"
+    assert {row.kernel for row in rows} == {"eager body"}
+    assert {row.why for row in rows} == {f"kvc.attend runs its plain body: {why}; "
+                                         f"kvc.append runs its plain body: {why}"}
 
 
 def test_a_refusal_shows_its_reason_and_node() -> None:
@@ -131,7 +140,7 @@ def test_equal_layers_share_a_block_of_the_table() -> None:
     assert lines[0] == "LlamaForCausalLM, recipe: kivi(bits=4, layers=1:)"
     starts = [line.split()[0] for line in lines if line.startswith((" 0", " 1-3"))]
     assert starts == ["0", "1-3"]
-    assert "256 -> 44" in text and "eager body (layers 1-3): no fused kernel yet" in text
+    assert "256 -> 44" in text and "fused C++" in text
     assert lines[-1].startswith("4,096 tokens: 4,194,304 bytes uncompressed -> ")
     assert "0, 2" in str(kvcompile.explain(optimized("gemma2"), "full"))
 

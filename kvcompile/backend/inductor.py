@@ -6,10 +6,12 @@
     select_decomp_table   to which the bodies of inlined kvc ops are added
     make_fx   Dynamo graphs as ATen ops before any decomposition
     pick_vec_isa   finds by compiling trial programs what vectors the CPU and the C++ compiler have
+    get_cpp_compiler, InvalidCxxCompiler   whether there is a compiler, before a model is captured
     torch._subclasses.FakeTensorMode, ShapeEnv, StatelessSymbolicContext, DimDynamic   inputs with
         symbolic sizes
 """
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from threading import Thread
@@ -20,8 +22,10 @@ from torch import Tensor
 from torch._dynamo.source import ConstantSource
 from torch._guards import CompileContext
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.exc import InvalidCxxCompiler
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -33,6 +37,7 @@ from torch.fx.experimental.symbolic_shapes import (
 
 import kvcompile.backend.kernels  # noqa: F401  # what ops are lowered to
 from kvcompile.backend.template import cache_key
+from kvcompile.errors import KVCompileError
 from kvcompile.ir import INLINED
 
 
@@ -56,6 +61,16 @@ def compile_graph(gm: GraphModule, inputs: Sequence[Tensor],
                                       source=ConstantSource(f"__kvc_{i}")))
     with torch.no_grad():
         return _compile(gm, fakes, size_asserts=False, alignment_asserts=False)
+
+
+def check_compiler() -> None:
+    """Raise KVCompileError where Inductor finds no C++ compiler."""
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        wanted = os.environ.get("CXX", "g++")
+        raise KVCompileError(f"no working C++ compiler ({wanted}): install g++ or set CXX, or pass "
+                             "compile=False for the slow plain bodies") from None
 
 
 def to_aten(gm: GraphModule) -> GraphModule:

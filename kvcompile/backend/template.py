@@ -14,6 +14,7 @@ Private API of torch 2.13, and why:
 
 import hashlib
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ from torch._inductor.utils import Placeholder, parallel_num_threads
 from torch._inductor.virtualized import V
 from torch._ops import OpOverload
 
+log = logging.getLogger(__name__)
+
 HEADER = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
 LOWERED: dict[str, str] = {}  # op -> the hash of the text that it is compiled from
 
@@ -47,7 +50,10 @@ def lowering(op: OpOverload, *texts: ModuleType | Path) -> Callable[[Callable], 
 
         def lower(*args: Any, **kwargs: Any) -> Any:
             out = function(*args, **kwargs)
-            return plain(*args, **kwargs) if out is None else out
+            if out is not None:
+                return out
+            log.info("%s runs its plain body", op)
+            return plain(*args, **kwargs)
 
         register_lowering(op, type_promotion_kind=None)(lower)
         digest = hashlib.sha256()
