@@ -16,6 +16,7 @@ from kvcompile.show import progress
 GROUPS = {"attend": attend.rows, "context": context.rows, "step": step.rows,
           "prefill": prefill.rows, "start": start.rows}
 ALONE = ("attend", "context")  # groups that need no model
+SLOW = ("start",)  # groups that a quick run leaves out unless they are named
 
 
 def check(groups: Sequence[str]) -> None:
@@ -27,13 +28,14 @@ def check(groups: Sequence[str]) -> None:
 
 
 def bench(settings: Settings, groups: Sequence[str] = ()) -> Result:
-    """Measure `groups` of rows, all of them unless named; a group that fails is a row with a note.
+    """Measure `groups` of rows, all of them (of a quick run, all but the slow) unless named.
 
-    Sets torch's number of threads for the time being.
+    A group that fails is a row with a note. Sets torch's number of threads for the time being.
     """
     check(groups)
     begin, before, threads = time.perf_counter(), facts(settings.threads), torch.get_num_threads()
-    names = [name for name in GROUPS if name in (groups or GROUPS)]
+    default = [name for name in GROUPS if not (settings.quick and name in SLOW)]
+    names = [name for name in GROUPS if name in (groups or default)]
     rows: list[Row] = []
     torch.set_num_threads(settings.threads)
     try:

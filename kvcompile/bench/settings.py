@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvcompile.bench.bandwidth import MIB as PROBE, Bandwidth
+from kvcompile.bench.bandwidth import MIB as PROBE
+from kvcompile.bench.bandwidth import Bandwidth
 from kvcompile.bench.row import Target
 from kvcompile.errors import KVCompileError
 from kvcompile.optimize import optimize
+from kvcompile.prose import prose
 from kvcompile.registry import module
 
 REFERENCE = "smollm2"  # the model that the targets are set for
@@ -65,12 +66,8 @@ class Settings:
         return fit
 
     def ids(self, tokens: int) -> Tensor:
-        """[1, tokens] of English prose; seeded random tokens where there is no tokenizer."""
-        model, tokenizer = self.loaded
-        if tokenizer is not None:
-            return module("models", "smollm2").topics_ids(tokenizer, tokens)
-        size = model.config.get_text_config().vocab_size
-        return torch.randint(0, size, (1, tokens), generator=torch.Generator().manual_seed(0))
+        """[1, tokens] of prose."""
+        return prose(*self.loaded, tokens)
 
     def target(self, sign: Any, value: float) -> Target | None:
         """A target where the model is the one that it is set for."""

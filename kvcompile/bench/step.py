@@ -3,12 +3,11 @@
 import gc
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
+from transformers import PreTrainedModel, QuantizedCache, StaticCache
 
 from kvcompile.baseline import cache_nbytes
 from kvcompile.bench.row import Row
@@ -50,7 +49,7 @@ class Decoder:
 def rows(settings: Settings) -> Iterator[Row]:
     """One row per recipe and peer at every length, and the floor of each recipe."""
     rounds = 5 if settings.quick else 10
-    steps = BURST * rounds + 1
+    steps = 1 + BURST * rounds
     model, _ = settings.loaded
     recipes, lengths = RECIPES[settings.quick], settings.contexts(
         (2048,), (512, 2048, 4096, 8000), steps)
@@ -67,24 +66,27 @@ def rows(settings: Settings) -> Iterator[Row]:
         else:
             theirs[peer] = Decoder(model, cache=QuantizedCache(backend, model.config, nbits=4))
     for n in lengths:
-        calls = {**ours, **theirs}
-        for name, call in list(calls.items()):
+        calls: dict[str, Decoder] = {}
+        for name, call in {**ours, **theirs}.items():
             try:
                 call.fill(ids[:, :n])
+                calls[name] = call
+                call()  # compiles what is to be compiled
             except Exception as error:  # noqa: BLE001  # a peer's failure is a row, not the end
-                if name in ours:
+                if name in ours or name == EAGER:
                     raise
                 missing[name] = _told(error)
-                del theirs[name], calls[name]
+                del theirs[name]
         if not settings.quick:
             try:
-                calls[STATIC] = _static(model, theirs[EAGER].cache, theirs[EAGER].last, steps)
+                calls[STATIC] = _static(model, theirs[EAGER], steps)
             except Exception as error:  # noqa: BLE001
                 missing[STATIC] = _told(error)
+        calls = {name: call for name, call in calls.items() if name not in missing}
         nbytes = {name: cache_nbytes(call.cache) for name, call in ours.items()}
         probed = len(settings.bandwidth.samples)
         times = {name: [1e3 * t for t in took] for name, took in in_turn(
-            calls, rounds, between=settings.bandwidth, burst=BURST).items()}
+            calls, rounds, between=settings.bandwidth, burst=BURST, warm=0).items()}
         stream = settings.bandwidth.since(probed)
         yield from _compare(settings, n, times, recipes)
         for peer, why in missing.items():
@@ -120,15 +122,15 @@ def weight_bytes(model: PreTrainedModel) -> int:
     return sum(p.nbytes for p in model.parameters() if p is not unread)
 
 
-def _static(model: Any, filled: DynamicCache, last: Tensor, steps: int) -> Decoder:
+def _static(model: Any, filled: Decoder, steps: int) -> Decoder:
     """A compiled model on a StaticCache with what `filled` holds and room for `steps` tokens."""
-    length = filled.get_seq_length()
+    length = filled.cache.get_seq_length()
     cache = StaticCache(model.config, max_cache_len=length + steps)
-    for i, layer in enumerate(filled.layers):
+    for i, layer in enumerate(filled.cache.layers):
         cache.update(layer.keys, layer.values, i)
     torch._dynamo.reset()  # a length is compiled for itself, as by generate()
     call = Decoder(model, torch.compile(model.forward), cache)
-    call.last = last.clone()
+    call.last = filled.last.clone()
     call()  # compiles
     return call
 
