@@ -15,6 +15,7 @@ from kvcompile import catalog
 from kvcompile import demo as demonstration
 from kvcompile.baseline import uncompressed
 from kvcompile.bench import GROUPS as GROUPS
+from kvcompile.bench.settings import Settings
 from kvcompile.errors import KVCompileError
 from kvcompile.evaluate import defaults
 from kvcompile.evaluate import evaluate as evaluated
@@ -96,7 +97,7 @@ def run(args: Namespace) -> None:
 def bench(args: Namespace) -> None:
     """`kvcompile bench`: the rows, in one of three forms."""
     benchmark.check(args.rows)
-    settings = benchmark.Settings(args.model, args.quick, args.threads or torch.get_num_threads(),
+    settings = Settings(args.model, args.quick, args.threads or torch.get_num_threads(),
                                   args.tokens)
     result = benchmark.bench(settings, args.rows)
     _print(args, result.as_dict(), result.markdown if args.markdown else lambda: str(result))

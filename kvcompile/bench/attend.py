@@ -78,7 +78,8 @@ class Dense:
 
     def expanded(self, k: Tensor, v: Tensor) -> Tensor:
         """K and V repeated for every query head, as transformers does."""
-        return sdpa(self.q, *(x.repeat_interleave(self.share, 1) for x in (k, v)))
+        k, v = (x.repeat_interleave(self.share, 1) for x in (k, v))
+        return sdpa(self.q, k, v)
 
     def __call__(self) -> None:
         for k, v in self.kv:
