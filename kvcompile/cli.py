@@ -1,4 +1,4 @@
-"""The command line: kvcompile run | explain | recipes; errors are one line and exit code 2."""
+"""The command line: kvcompile run | explain | recipes | bench | eval; errors are one line."""
 
 import argparse
 import logging
@@ -14,7 +14,8 @@ from transformers.utils import logging as transformers_logging
 from kvcompile import commands
 from kvcompile.errors import KVCompileError
 
-RECIPE = "kivi(bits=4)"
+RECIPE = commands.RECIPE
+MODEL = "hub id, folder, smollm2 (default) or tiny-<arch>, e.g. tiny-llama"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +80,8 @@ def _share(text: str) -> float:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="kvcompile", description="A compiler for the KV cache of causal LMs.")
-    add = parser.add_subparsers(dest="command", required=True, metavar="run | explain | recipes")
+    add = parser.add_subparsers(dest="command", required=True,
+                                metavar="run | explain | recipes | bench | eval")
 
     run = add.add_parser("run", help="generate text with a compressed cache")
     _model(run)
@@ -109,12 +111,37 @@ def _parser() -> argparse.ArgumentParser:
     recipes.add_argument("name", nargs="?", metavar="NAME", help="one method in full")
     recipes.add_argument("--json", action="store_true")
     recipes.set_defaults(function=commands.recipes)
+
+    bench = add.add_parser("bench", help="speed beside the peers and the targets, in one table")
+    bench.add_argument("--model", default="smollm2", metavar="M", help=MODEL)
+    bench.add_argument("--quick", action="store_true", help="what takes two minutes")
+    bench.add_argument("--rows", nargs="+", default=[], metavar="GROUP",
+                       help=f"of {', '.join(commands.GROUPS)} (all)")
+    bench.add_argument("--threads", type=_positive, metavar="N", help="as torch has them")
+    bench.add_argument("--tokens", type=_positive, metavar="N",
+                       help="tokens in the cache, instead of several lengths")
+    form = bench.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON object, with all samples")
+    form.add_argument("--markdown", action="store_true", help="the table for docs/performance.md")
+    bench.set_defaults(function=commands.bench)
+
+    scores = add.add_parser("eval", help="what recipes cost in quality and save in memory")
+    scores.add_argument("--model", default="smollm2", metavar="M", help=MODEL)
+    scores.add_argument("--recipes", nargs="+", default=[], metavar="R",
+                        help=f"every known method, and {RECIPE}, unless given")
+    scores.add_argument("--context", type=_positive, default=2048, metavar="N",
+                        help="tokens of the prompt (2048)")
+    scores.add_argument("--tokens", type=_positive, default=128, metavar="N",
+                        help="tokens scored after it (128)")
+    scores.add_argument("--dtype", choices=sorted(commands.DTYPES))
+    scores.add_argument("--no-compile", action="store_true", help="run the decode graph eagerly")
+    scores.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    scores.set_defaults(function=commands.evaluate)
     return parser
 
 
 def _model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="smollm2", metavar="M",
-                        help="hub id, folder, smollm2 (default) or tiny-<arch>, e.g. tiny-llama")
+    parser.add_argument("--model", default="smollm2", metavar="M", help=MODEL)
     parser.add_argument("--recipe", default=RECIPE, metavar="R",
                         help=f'such as "{RECIPE}" (default); see kvcompile recipes')
     parser.add_argument("--dtype", choices=sorted(commands.DTYPES))

@@ -10,19 +10,27 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from kvcompile import bench as benchmark
 from kvcompile import catalog
 from kvcompile import demo as demonstration
 from kvcompile.baseline import uncompressed
+from kvcompile.bench import GROUPS as GROUPS
+from kvcompile.bench.settings import Settings
 from kvcompile.errors import KVCompileError
+from kvcompile.evaluate import defaults
+from kvcompile.evaluate import evaluate as evaluated
 from kvcompile.explain import explain as explained
 from kvcompile.generate import timed
 from kvcompile.method import find_method
 from kvcompile.optimize import optimize
+from kvcompile.prose import prose
 from kvcompile.recipe import Recipe
 from kvcompile.registry import module
 from kvcompile.show import progress
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+RECIPE = "kivi(bits=4)"
+HELD_OUT = 20_000  # where in the prose the text to score starts
 PROMPT = "The key-value cache of a language model"
 
 
@@ -84,6 +92,26 @@ def run(args: Namespace) -> None:
     if done.ms_per_token is not None:
         figures.append(f"{done.ms_per_token:.1f} ms per token (median)")
     _print(args, told, lambda: "\n".join([*([] if stream else [text]), "", *figures]))
+
+
+def bench(args: Namespace) -> None:
+    """`kvcompile bench`: the rows, in one of three forms."""
+    benchmark.check(args.rows)
+    settings = Settings(args.model, args.quick, args.threads or torch.get_num_threads(),
+                                  args.tokens)
+    result = benchmark.bench(settings, args.rows)
+    _print(args, result.as_dict(), result.markdown if args.markdown else lambda: str(result))
+
+
+def evaluate(args: Namespace) -> None:
+    """`kvcompile eval`: the scores of some recipes, of every known method unless given."""
+    for recipe in args.recipes:
+        _check(recipe)
+    model, tokenizer = _load(args)
+    text = prose(model, tokenizer, args.context + args.tokens + 1, HELD_OUT)
+    result = evaluated(model, text, args.context, args.recipes or defaults(RECIPE),
+                       name=args.model, lenient=not args.recipes, compile=not args.no_compile)
+    _print(args, result.as_dict(), lambda: str(result))
 
 
 def _print(args: Namespace, data: Any, text: Any) -> None:

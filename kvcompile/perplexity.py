@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,10 +22,12 @@ from kvcompile.errors import KVCompileError
 
 
 class Forced(NamedTuple):
-    """Of every decode step: nats per token of the token that follows, and milliseconds."""
+    """Of every decode step: nats per token of the token that follows, milliseconds, and whether
+    that token was the likeliest."""
 
     nll: list[float]
     ms: list[float]
+    hit: Sequence[bool] = ()
 
     @property
     def perplexity(self) -> float:
@@ -51,25 +53,36 @@ def forced_decodes(models: Sequence[PreTrainedModel], ids: Tensor, context: int)
     if not 1 <= context <= tokens - 2:
         raise KVCompileError(f"context={context}: must be from 1 to {tokens - 2}, two less than "
                              "the tokens of the text")
-    results = [Forced([], []) for _ in models]
-    for steps in zip(*(_steps(model, ids, context) for model in models), strict=True):
-        for result, (nll, ms) in zip(results, steps, strict=True):
-            result.nll.append(nll)
-            result.ms.append(ms)
-    return results
+    steps = [_steps(model, prefill(model, ids[:, :context])[0], ids, context)
+             for model in models]
+    each = zip(*zip(*steps, strict=True), strict=True)  # a step of every model at a time
+    return [Forced(*map(list, zip(*own, strict=True))) for own in each]
 
 
-def _steps(model: PreTrainedModel, ids: Tensor, context: int) -> Iterator[tuple[float, float]]:
-    ids = ids.to(model.device)
+def forced_after(model: PreTrainedModel, cache: Any, ids: Tensor, context: int) -> Forced:
+    """`forced_decode` from a cache that holds the first `context` tokens of `ids` already."""
+    return Forced(*map(list, zip(*_steps(model, cache, ids, context), strict=True)))
+
+
+def prefill(model: PreTrainedModel, ids: Tensor) -> tuple[Any, Tensor]:
+    """The cache that the model brings, filled with `ids` [B, S] in one call, and the last logits
+    [B, 1, V]."""
     one = "logits_to_keep" in inspect.signature(model.forward).parameters
     with torch.no_grad():
-        prompt = model(input_ids=ids[:, :context], use_cache=True,
-                       **({"logits_to_keep": 1} if one else {}))
-    cache = prompt.past_key_values
+        out = model(input_ids=ids.to(model.device), use_cache=True,
+                    **({"logits_to_keep": 1} if one else {}))
+    return out.past_key_values, out.logits[:, -1:]
+
+
+def _steps(model: PreTrainedModel, cache: Any, ids: Tensor, context: int
+           ) -> Iterator[tuple[float, float, bool]]:
+    ids = ids.to(model.device)
     for at in range(context, ids.shape[1] - 1):
         start = time.perf_counter()
         with torch.no_grad():
             out = model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)
         logits = out.logits[:, -1].float().cpu()  # waits for the device
         ms = (time.perf_counter() - start) * 1e3
-        yield cross_entropy(logits, ids[:, at + 1].cpu()).item(), ms
+        following = ids[:, at + 1].cpu()
+        yield (cross_entropy(logits, following).item(), ms,
+               bool((logits.argmax(-1) == following).all()))

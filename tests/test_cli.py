@@ -92,6 +92,14 @@ def spoken(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     (["run", "--model", "tiny-llama", "--prompt", ""], "kvcompile run: the prompt is empty"),
     (["run", "--model", "tiny-llama", "--prompt-file", "/no/such/file"],
      "kvcompile run: cannot read /no/such/file: No such file or directory"),
+    (["bench", "--rows", "attend", "prefil"], "kvcompile bench: unknown rows 'prefil'; did you "
+     "mean 'prefill'?; known: attend, context, step, prefill, start"),
+    (["bench", "--rows", "step", "--model", "tiny-lama"],
+     "kvcompile bench: unknown tiny architecture 'lama'; did you mean 'llama'?"),
+    (["eval", "--recipes", "full", "kivi(bits=3)"],
+     "kvcompile eval: kivi(bits=3): column 1: bits must be one of 2, 4"),
+    (["eval", "--model", "tiny-lama"],
+     "kvcompile eval: unknown tiny architecture 'lama'; did you mean 'llama'?"),
     (["run", "--model", "tiny-llama", "--demo"],
      "kvcompile run: --demo needs a model with a tokenizer, which tiny-llama lacks"),
 ])
@@ -112,9 +120,13 @@ def test_mistakes_are_one_line(argv: list[str], line: str,
     (["run", "--top-p", "1.5"], "kvcompile run: argument --top-p: '1.5' is more than 1"),
     (["run", "--prompt", "a", "--prompt-file", "b"],
      "kvcompile run: argument --prompt-file: not allowed with argument --prompt"),
-    (["frob"], "kvcompile: argument run | explain | recipes: invalid choice: 'frob' (choose from "
-     "'run', 'explain', 'recipes')"),
-    ([], "kvcompile: the following arguments are required: run | explain | recipes"),
+    (["bench", "--json", "--markdown"],
+     "kvcompile bench: argument --markdown: not allowed with argument --json"),
+    (["eval", "--context", "-1"],
+     "kvcompile eval: argument --context: '-1' is not a positive whole number"),
+    (["frob"], "kvcompile: argument run | explain | recipes | bench | eval: invalid choice: 'frob' "
+     "(choose from 'run', 'explain', 'recipes', 'bench', 'eval')"),
+    ([], "kvcompile: the following arguments are required: run | explain | recipes | bench | eval"),
 ])
 def test_bad_arguments_are_one_line(argv: list[str], line: str,
                                     capsys: pytest.CaptureFixture[str]) -> None:
