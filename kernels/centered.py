@@ -1,4 +1,4 @@
-"""centered: the mean of a block's tokens is stored apart, what is left of them by another format."""
+"""centered: the mean of a block's tokens is stored apart, the rest of them by another format."""
 
 from dataclasses import dataclass
 from typing import ClassVar

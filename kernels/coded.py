@@ -32,7 +32,7 @@ class Coded:
     """Base of the formats: a subclass gives `axis`, `group`, `values`, and `fit` (scale, low)."""
 
     name: ClassVar[str]
-    axis: str = "token"
+    axis: Any = "token"  # a field, or the same for all of a class
     group: int = 32
     scale_dtype: ClassVar[torch.dtype] = torch.float16
     has_low: ClassVar[bool] = False

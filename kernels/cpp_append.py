@@ -80,9 +80,9 @@ def statements(store: Store, dims: tuple[int, int], dtype: torch.dtype, heads: i
     for side, dim in zip(SIDES, dims, strict=True):
         up = side.upper()
         lines.append(
-            f"  kvc::append_one<{name}{up}Queue, {name}{up}Sinks, {name}{up}Body, {name}{up}Recent, "
-            f"{dim}>({side}_sinks, {side}_body, {side}_recent, count, {side}_at[layer] + b * "
-            f"{side}_row[layer] + h * {side}_head[layer]);")
+            f"  kvc::append_one<{name}{up}Queue, {name}{up}Sinks, {name}{up}Body, "
+            f"{name}{up}Recent, {dim}>({side}_sinks, {side}_body, {side}_recent, count, "
+            f"{side}_at[layer] + b * {side}_row[layer] + h * {side}_head[layer]);")
     return "\n".join([*lines, "  count++;", "}"])
 
 

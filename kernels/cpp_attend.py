@@ -90,7 +90,8 @@ def config(store: Store, shape: Shape, threads: int) -> str:
         f"DV = {shape.dims[1]}, THREADS = {threads};",
         f"static constexpr long SINKS = {store.sinks}, WINDOW = {store.window}, "
         f"GRAIN = {store.grain}, SEEN = {shape.window};",
-        f"static constexpr float SCALE = {float(shape.scale)!r}f, SOFTCAP = {float(shape.softcap)!r}f;",
+        f"static constexpr float SCALE = {float(shape.scale)!r}f, "
+        f"SOFTCAP = {float(shape.softcap)!r}f;",
         f"static constexpr bool HAS_SINKS = {_bool(shape.sinks)}, "
         f"ROUGH = {_bool(shape.dtype is not torch.float32)};",
     ]
@@ -127,7 +128,8 @@ def tiers(store: Store, dims: tuple[int, int], dtype: torch.dtype, prefix: str, 
     lines, at = [], 1
     for side, dim in zip(SIDES, dims, strict=True):
         for tier in store.tiers(side):
-            name, planes = f"{prefix}{side}_{tier}", store.format(side, tier).planes(dim, dtype, side)
+            name = f"{prefix}{side}_{tier}"
+            planes = store.format(side, tier).planes(dim, dtype, side)
             lines += [f"{name}.pages = plane{at}_size[3];",
                       f"{name}.table = plane{at} + ({start}) * {name}.pages;"]
             lines += [f"{name}.plane[{i}] = plane{at + 1 + i};" for i in range(len(planes))]

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from kvcompile.format import Side
 from kvcompile.ir import body
 from kvcompile.kernels import pages
 from kvcompile.kernels.dense_attention import attend_row, causal, decode
@@ -25,7 +26,7 @@ def _runs(counts: Tensor) -> Iterator[tuple[slice, int]]:
 
 
 def _tiers(store: Store, planes: list[Tensor], k: Tensor, v: Tensor, slots: Sequence[int],
-           together: bool = False) -> tuple[Tensor, dict[str, dict[str, pages.Tier]]]:
+           together: bool = False) -> tuple[Tensor, dict[Side, dict[str, pages.Tier]]]:
     """Count [B, slots * heads] and tiers of some layers; `together`: all rows as one."""
     named = pages.named(store.planes((k.shape[-1], v.shape[-1]), k.dtype), planes, slots)
     if together:

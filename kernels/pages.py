@@ -65,17 +65,17 @@ class Tier:
             at = first if self.ring is None else first % (self.ring // step)
             page = table[:, at // per_page]
             for name, pool in self.pools.items():
-                steps, lanes = self._steps(name, pool)
+                view, lanes = self._steps(name, pool)
                 place = divmod(at % per_page, lanes)
-                steps[:, place[0], place[1]].index_copy_(0, page.long(), encoded[name][:, 0])
+                view[:, place[0], place[1]].index_copy_(0, page.long(), encoded[name][:, 0])
             return
         steps = torch.arange(first, first + count, device=x.device)
         if self.ring is not None:
             steps = steps % (self.ring // step)
-        page, at = table.long().index_select(1, steps // per_page), steps % per_page
+        page, within = table.long().index_select(1, steps // per_page), steps % per_page
         for name, pool in self.pools.items():
             view, lanes = self._steps(name, pool)
-            view.index_put_((page, at // lanes, at % lanes), encoded[name])
+            view.index_put_((page, within // lanes, within % lanes), encoded[name])
 
     def _steps(self, name: str, pool: Tensor) -> tuple[Tensor, int]:
         """The pool as [pages, steps / lanes, lanes, *shape], and lanes."""

@@ -62,14 +62,15 @@ class StepPlane(NamedTuple):
         if steps == 1:
             return x
         wide, rest = min(steps, self.lanes), len(self.shape)
-        x = x.unflatten(-rest - 1, (-1, steps // wide, wide)).movedim(-rest - 1, -rest - 1 + self.at)
+        x = x.unflatten(-rest - 1, (-1, steps // wide, wide))
+        x = x.movedim(-rest - 1, -rest - 1 + self.at)
         return x.squeeze(-rest - 2) if steps <= self.lanes else x
 
     def split(self, x: Tensor, steps: int) -> Tensor:
         """Inverse of `join`."""
         if steps == 1:
             return x
-        wide, rest = min(steps, self.lanes), len(self.shape)
+        rest = len(self.shape)
         if steps <= self.lanes:
             x = x.unsqueeze(-rest - 2)
         return x.movedim(-rest - 1 + self.at, -rest - 1).flatten(-rest - 3, -rest - 1)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvcompile.format import PAGE
+from kvcompile.format import PAGE, Side
 from kvcompile.site import Site
 from kvcompile.store import SIDES
 
@@ -55,7 +55,7 @@ class Group:
         order = torch.tensor(rows, device=self.planes[0].device)
         self.planes[0] = self.planes[0].index_select(1, order)
 
-    def _lay(self, side: str, tier: str, rows: list[int], pages: list[int]) -> None:
+    def _lay(self, side: Side, tier: str, rows: list[int], pages: list[int]) -> None:
         """Lay a tier out anew: row i becomes what rows[i] was, with pages[i] pages a head."""
         have, layers, heads = self.pages[side, tier], len(self.sites), self.site.heads
         starts = [heads * sum(have[:row]) for row in range(len(have))]

@@ -136,8 +136,8 @@ def test_head_sizes_and_ratios(bits, dim, group, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("group", [16, 32, 64, 128])
-@pytest.mark.parametrize("axes", [(k, v) for k in ("channel", "token") for v in ("channel", "token")],
-                         ids="-".join)
+@pytest.mark.parametrize("axes", [(k, v) for k in ("channel", "token")
+                                  for v in ("channel", "token")], ids="-".join)
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_axes_and_groups(bits, axes, group, dtype):
     k, v = (f"int(bits={bits}, axis={axis}, group={group})" for axis in axes)

@@ -17,6 +17,7 @@ from kvcompile.backend.template import (
 from kvcompile.ir import APPEND, ATTEND, LINEAR, STORABLE
 from kvcompile.kernels import cpp_append, cpp_attend, cpp_vector
 from kvcompile.kernels import linear as linears
+from kvcompile.kernels.dense import CPP
 from kvcompile.store import Store
 
 
@@ -91,7 +92,7 @@ def storable(k: list[Any], v: list[Any], k_limits: list[float], v_limits: list[f
     inputs = {f"k{i}": last_contiguous(x) for i, x in enumerate(k)}
     inputs |= {f"v{i}": last_contiguous(x) for i, x in enumerate(v)}
     dtypes = {x.get_dtype() for x in (*k, *v)}
-    if not dtypes <= cpp_append.CPP.keys():
+    if not dtypes <= CPP.keys():
         return None
     return kernel([cpp_append.headers()], cpp_append.check([x.get_dtype() for x in k], k_limits,
                                                          v_limits), inputs, [len(k)], torch.bool)
