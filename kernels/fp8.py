@@ -20,7 +20,7 @@ class Fp8(Coded):
 
     kind: str = "e4m3"
     name: ClassVar[str] = "fp8"
-    axis: ClassVar[str] = "token"
+    axis: ClassVar[str] = "token"  # type: ignore[misc]
     scale_dtype: ClassVar[torch.dtype] = torch.int8
 
     def __post_init__(self) -> None:
