@@ -1,4 +1,4 @@
-"""The C++ text of kvc.append for one token a row, and of kvc.storable, printed from the formats."""
+"""The C++ text of kvc.append, and of kvc.storable for one token, printed from the formats."""
 
 from functools import cache
 from hashlib import sha256
@@ -57,33 +57,40 @@ def functions(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> str:
 
 def statements(store: Store, dims: tuple[int, int], dtype: torch.dtype, heads: int,
                slots: list[int], threads: int) -> str:
-    """The kernel's statements: k0, v0, .. of the layers `slots`, valid and plane0.. (the count
-    first, all written) -> one more token in every row that is valid."""
+    """The kernel's statements: k0, v0, .. of the layers `slots`, valid [B, S] and plane0.. (the
+    count first, all written). Tokens of a head are stored one after another; heads, and K and V,
+    at the same time."""
     number, pointer = len(slots), f"const {_cpp(dtype)}*"
     name = f"kvc::{_name(store, dims, dtype)}::"
-    lines = [f"const int64_t batch = valid_size[0], heads = {heads};",
+    lines = [f"const int64_t batch = valid_size[0], tokens = valid_size[1], heads = {heads};",
              f"const int64_t slots[] = {{{', '.join(map(str, slots))}}};"]
     for side in SIDES:
         names = ", ".join(f"({pointer}){side}{i}" for i in range(number))
         lines.append(f"{pointer} {side}_at[] = {{{names}}};")
-        for d, what in enumerate(("row", "head")):
+        for d, what in enumerate(("row", "head", "token")):
             strides = ", ".join(f"{side}{i}_stride[{d}]" for i in range(number))
             lines.append(f"const int64_t {side}_{what}[] = {{{strides}}};")
     lines += [f"#pragma omp parallel for num_threads({threads})",
-              f"for (int64_t i = 0; i < {number} * batch * heads; i++) {{",
-              "  const int64_t layer = i / (batch * heads), b = i / heads % batch, h = i % heads;",
-              "  if (!valid[b]) continue;",
-              "  const int64_t place = (slots[layer] * batch + b) * heads + h;",
-              "  int32_t& count = const_cast<int32_t&>(plane0[place]);",
+              f"for (int64_t i = 0; i < 2 * {number} * batch * heads; i++) {{",
+              "  const int64_t layer = i / 2 / (batch * heads), b = i / 2 / heads % batch,",
+              "      h = i / 2 % heads, place = (slots[layer] * batch + b) * heads + h;",
               "  kvc::Tier " + ", ".join(f"{s}_{t}{{}}" for s in SIDES for t in TIERS) + ";"]
     lines += ["  " + line for line in tiers(store, dims, dtype, "", "place")]
+    lines += ["  int64_t count = plane0[place];", "  for (int64_t t = 0; t < tokens; t++) {",
+              "    if (!valid[b * tokens + t]) continue;"]
     for side, dim in zip(SIDES, dims, strict=True):
         up = side.upper()
         lines.append(
-            f"  kvc::append_one<{name}{up}Queue, {name}{up}Sinks, {name}{up}Body, "
-            f"{name}{up}Recent, {dim}>({side}_sinks, {side}_body, {side}_recent, count, "
-            f"{side}_at[layer] + b * {side}_row[layer] + h * {side}_head[layer]);")
-    return "\n".join([*lines, "  count++;", "}"])
+            f"    {'if (i % 2 == 0)' if side == 'k' else 'else'} kvc::append_one<{name}{up}Queue, "
+            f"{name}{up}Sinks, {name}{up}Body, {name}{up}Recent, {dim}>({side}_sinks, {side}_body, "
+            f"{side}_recent, count, {side}_at[layer] + b * {side}_row[layer] + h * "
+            f"{side}_head[layer] + t * {side}_token[layer]);")
+    lines += ["    count++;", "  }", "}", f"for (int64_t i = 0; i < {number} * batch * heads; i++) {{",
+              "  const int64_t b = i / heads % batch;", "  int64_t more = 0;",
+              "  for (int64_t t = 0; t < tokens; t++) more += valid[b * tokens + t];",
+              "  const_cast<int32_t&>(plane0[(slots[i / heads / batch] * batch + b) * heads + "
+              "i % heads]) += more;", "}"]
+    return "\n".join(lines)
 
 
 def check(dtypes: list[torch.dtype], k_limits: list[float], v_limits: list[float]) -> str:

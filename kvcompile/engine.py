@@ -16,6 +16,7 @@ from kvcompile.own_cache import OwnCache
 from kvcompile.planes import Group
 from kvcompile.program import Program
 from kvcompile.rewrite import copy_graph
+from kvcompile.storing import Storing
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,8 @@ log = logging.getLogger(__name__)
 class Engine:
     """The graphs of a program, ready to be called.
 
-    prefill: an empty cache, eager. extend: more tokens on a cache, eager. A step of one token is
+    prefill: an empty cache, eager. extend: more tokens on a cache, eager; both store by the fused
+    kernel where there is one. A step of one token is
     the extend graph compiled by Inductor, once for a batch of one and once for any larger batch.
     """
 
@@ -31,6 +33,8 @@ class Engine:
         self.program, self.compile = program, compile
         self.sites = program.sites
         self._decode: dict[bool, Callable] = {}
+        self._graphs: dict[str, GraphModule] = {}
+        self._storing = Storing()
 
     def run(self, cache: OwnCache, ids: Tensor, positions: Tensor, valid: Tensor,
             keep: Tensor, embeds: Tensor | None = None) -> Tensor:
@@ -63,10 +67,11 @@ class Engine:
         return run(ids, positions, valid, keep)
 
     def _eager(self, phase: str, embeds: Tensor | None) -> Callable:
-        gm = self.program.phases[phase]
-        if embeds is None:
-            return gm
-        return _with_embeddings(gm, embeds)
+        if phase not in self._graphs:
+            gm = self.program.phases[phase]
+            self._graphs[phase] = self._storing.into(gm) if self.compile else gm
+        gm = self._graphs[phase]
+        return gm if embeds is None else _with_embeddings(gm, embeds)
 
     def step(self, batch: int, device: torch.device) -> Callable:
         """The compiled decode step for this batch size."""

@@ -66,9 +66,9 @@ def attend(q: Any, k: Any, v: Any, planes: list[Any], positions: Any, valid: Any
 @lowering(APPEND, cpp_append, *cpp_append.FILES)
 def append(planes: list[Any], k: list[Any], v: list[Any], positions: Any, valid: Any, *,
            store: str, slots: list[int]) -> Any:
-    """One token a row."""
-    batch, heads, tokens, dim = k[0].get_size()
-    if valid.get_device().type != "cpu" or not _equal(tokens, 1):
+    """Any number of tokens."""
+    heads, dim = k[0].get_size()[1], k[0].get_size()[3]
+    if valid.get_device().type != "cpu":
         return None
     dims, dtype = (int(dim), int(v[0].get_size()[3])), k[0].get_dtype()
     parsed = Store.parse(store)
