@@ -25,8 +25,8 @@ MACHINE = {"cpu": "a CPU", "vectors": "AVX512", "cores": 2, "threads": 2, "torch
 
 def small(**options: Any) -> Settings:
     """A few hundred tokens, a MiB, and the first two layers of the tiny llama."""
-    return Settings("tiny-llama", quick=True, threads=torch.get_num_threads(), mib=1,
-                    **{"tokens": 200, **options})
+    return Settings(**{"model": "tiny-llama", "quick": True, "threads": torch.get_num_threads(),
+                       "mib": 1, "tokens": 200, **options})
 
 
 @pytest.fixture
@@ -150,6 +150,7 @@ def test_rows_of_the_step(two_layers: None, eager: None) -> None:
     assert all(row.target is None for row in rows)  # targets are set for another model
 
 
+@pytest.mark.slow
 def test_every_peer_does_the_same_steps(two_layers: None) -> None:
     model, ids = plain("llama:2"), small().ids(40)
     alone = step.Decoder(model)

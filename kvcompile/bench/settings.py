@@ -1,6 +1,6 @@
 """What a run of the benchmark is given, and what its groups of rows share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -32,6 +32,7 @@ class Settings:
     threads: int = 1
     tokens: int | None = None
     mib: int = SCALE
+    _optimized: dict[str, PreTrainedModel] = field(default_factory=dict, repr=False)
 
     @cached_property
     def bandwidth(self) -> Bandwidth:
@@ -46,14 +47,12 @@ class Settings:
         except (ValueError, ModuleNotFoundError) as error:
             raise KVCompileError(str(error)) from error
 
-    @cached_property
-    def first(self) -> PreTrainedModel:
-        """The model under `full`; others start from its capture."""
-        return optimize(self.loaded[0], "full")
-
     def optimized(self, recipe: str) -> PreTrainedModel:
-        """The model under a recipe."""
-        return self.first if recipe == "full" else optimize(self.first, recipe)
+        """The model under a recipe; its decode step is compiled once."""
+        if recipe not in self._optimized:
+            captured = next(iter(self._optimized.values()), self.loaded[0])
+            self._optimized[recipe] = optimize(captured, recipe)
+        return self._optimized[recipe]
 
     def contexts(self, quick: tuple[int, ...], whole: tuple[int, ...], spare: int = 0) -> list[int]:
         """Lengths to measure at, those that leave the model `spare` positions more."""
