@@ -15,10 +15,14 @@ inline half round_up(float x) {
 }
 
 // fit(x, n, scale, low): how a group's scale (and low) follow from its numbers.
-template <int BITS> struct Asymmetric {
+template <int BITS, uint32_t CUT> struct Asymmetric {
     static void fit(const float* x, int n, half& scale, half& low) {
         float least = x[0], most = x[0];
         for (int i = 1; i < n; i++) least = std::min(least, x[i]), most = std::max(most, x[i]);
+        if constexpr (CUT != 0) {
+            float cut = (most - least) * as_float(CUT);
+            least = least + cut, most = most - cut;
+        }
         low = as_half(least);
         if (read(&low) > least) low = neighbour(low, false);
         float want = (most - read(&low)) / (float)((1 << BITS) - 1);
@@ -34,6 +38,14 @@ inline float largest(const float* x, int n) {
 }
 template <int DIVISOR> struct Peak {
     static void fit(const float* x, int n, half& scale, half&) { scale = round_up(largest(x, n) / (float)DIVISOR); }
+};
+struct Middle {  // the range of the numbers becomes [-1, 1]
+    static void fit(const float* x, int n, half& scale, half& low) {
+        float least = x[0], most = x[0];
+        for (int i = 1; i < n; i++) least = std::min(least, x[i]), most = std::max(most, x[i]);
+        low = as_half((least + most) / 2.0f);
+        scale = round_up(std::max(most - read(&low), read(&low) - least));
+    }
 };
 template <int MOST> struct Power {
     static void fit(const float* x, int n, exponent& scale, exponent&) {
