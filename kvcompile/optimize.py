@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 
 def optimize(model: PreTrainedModel, recipe: str | Recipe = "kivi(bits=4)", *,
              max_length: int | None = None, compile: bool = True,
-             prefill_chunk: int | None = None, calibration: Tensor | None = None) -> PreTrainedModel:
+             prefill_chunk: int | None = None,
+             calibration: Tensor | None = None) -> PreTrainedModel:
     """A model of the same class family that shares `model`'s weights; K and V stored by `recipe`.
 
     max_length     tokens for which every cache is allocated in advance; more raise CacheFullError

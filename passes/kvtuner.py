@@ -16,8 +16,8 @@ PAIRS = tuple(product((2, 4, 8), repeat=2))  # (bits of K, bits of V)
 def _axes(p: Mapping[str, Any]) -> Axes | Sequence[Axes]:
     if p["k"] is None or p["v"] is None:
         return kivi_axes((8, 4), p["group"], p["residual"])  # an example
-    return [kivi_axes(pair, p["group"], p["residual"])
-            for pair in zip(p["k"], p["v"], strict=True)]
+    return [kivi_axes((k, v), p["group"], p["residual"])
+            for k, v in zip(p["k"], p["v"], strict=True)]
 
 
 def _calibrate(p: Mapping[str, Any], samples: Samples) -> Axes:

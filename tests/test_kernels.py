@@ -116,7 +116,8 @@ QUICK = {
     "gear": dict(store="store(k=lowrank(of=outliers(of=int(bits=2, axis=channel), fraction=0.05)), "
                        "v=lowrank(of=outliers(of=int(bits=2)), rank=2))", dtype=torch.bfloat16),
     "kvquant": dict(store="store(k=outliers(of=nuq(table=[-0.9, -0.2, 0.3, 0.8], axis=channel, "
-                          "group=128)), v=outliers(of=nuq(table=[-0.9, -0.2, 0.3, 0.8])), sinks=1)"),
+                          "group=128)), v=outliers(of=nuq(table=[-0.9, -0.2, 0.3, 0.8])), "
+                          "sinks=1)"),
     "fp16": dict(store=KIVI.format(2, 32), dtype=torch.float16, group=9),
 }
 
@@ -195,9 +196,9 @@ APPENDED = ("store", KIVI.format(4, 32), KIVI.format(2, 32), "store(k=int, v=int
             "store(k=outliers(of=nuq(table=[-0.9, -0.2, 0.3, 0.8], axis=channel, group=128)), "
             "v=hadamard(of=centered(of=scaled(of=outliers(of=int(bits=4, clip=0.9))))), sinks=1)",
             *(pytest.param(text, marks=pytest.mark.slow) for text in (
-                "store(k=hadamard(of=int(bits=4, axis=channel, clip=0.95)), v=int(bits=2, clip=0.9))",
-                "store(k=scaled(of=int(bits=4, group=64)), v=scaled(of=nf4(axis=channel), block=32),"
-                " v_block=64)",
+                "store(k=hadamard(of=int(bits=4, axis=channel, clip=0.95)), v=int(clip=0.9))",
+                "store(k=scaled(of=int(bits=4, group=64)), v=scaled(of=nf4(axis=channel), "
+                "block=32), v_block=64)",
                 "store(k=centered(of=int(bits=4), block=64), v=hadamard(of=centered(of=scaled("
                 "of=fp8))), sinks=1)",
                 "store(k=outliers(of=nf4(axis=channel, group=128)), v=outliers(of=nuq(table=[-0.9, "
