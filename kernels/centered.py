@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.format import Planes, Side, StepPlane
-from kvcompile.kernels.wrapper import Wrapper
+from kvcompile.kernels.wrapper import Wrapper, total
 from kvcompile.recipe import Term
 
 
@@ -30,7 +30,7 @@ class Centered(Wrapper):
 
     def encode(self, x: Tensor, side: Side) -> dict[str, Tensor]:
         blocks = x.float().unflatten(-2, (-1, self.step))
-        mean = blocks.mean(-2).to(torch.float16)
+        mean = (total(blocks.mT).squeeze(-1) / self.step).to(torch.float16)
         rest = (blocks - mean.float()[..., None, :]).flatten(-3, -2)
         inside = self.join(self.inner.encode(rest, side), x.shape[-1], side)
         return {**inside, "mean": mean}
@@ -50,6 +50,11 @@ class Centered(Wrapper):
     def cpp(self, dim: int, dtype: torch.dtype, side: Side) -> str:
         """The C++ type that reads the planes (`kernels/cpp/wrapper.h`)."""
         return f"Centered<{self.inner_cpp(dim, dtype, side)}, {dim}, {self.step}>"
+
+    def cpp_writer(self, dim: int, dtype: torch.dtype, side: Side) -> str:
+        """The C++ type that writes the planes; RecipeError if none does."""
+        inside = self.inner_writer(dim, dtype, side)
+        return f"CenteredWriter<{inside}, {self.cpp(dim, dtype, side)}, {dim}, {self.step}>"
 
 
 FORMAT = Centered

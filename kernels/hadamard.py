@@ -50,9 +50,7 @@ class Hadamard(Wrapper):
 
     def cpp_writer(self, dim: int, dtype: torch.dtype, side: Side) -> str:
         """The C++ type that writes the planes; RecipeError if none does."""
-        if not hasattr(self.inner, "cpp_writer") or self.inner.step > 1:
-            raise RecipeError(f"{self.inner.name} has no C++ writer of single tokens")
-        inside = self.inner.cpp_writer(dim, dtype, side)
+        inside = self.inner_writer(dim, dtype, side)
         return f"HadamardWriter<{inside}, {self.cpp(dim, dtype, side)}, {dim}>"
 
 

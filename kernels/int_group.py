@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvcompile.errors import RecipeError
 from kvcompile.kernels.coded import GROUPS, Coded
-from kvcompile.kernels.values import Whole
+from kvcompile.kernels.values import Whole, float_bits
 
 F16_MAX, F16_NORMAL = 65504.0, 2.0**-14
 
@@ -20,13 +20,15 @@ class Int(Coded):
     A group is `group` tokens of one channel (axis=channel) or `group` channels of one token
     (axis=token; the whole head if it is narrower). `low` is rounded down to fp16 and `scale` to
     nearest, so that |error| <= scale / 2 holds for the stored scale. Source: KIVI, section 3.
-    With symmetric=true x -> (code - 2**(bits-1)) * scale, and scale is rounded up.
+    With symmetric=true x -> (code - 2**(bits-1)) * scale, and scale is rounded up. With `clip` the
+    codes span that share of the group's range, about its middle; what lies outside is clipped.
     """
 
     bits: int = 8
     axis: str = "token"
     group: int = 32
     symmetric: bool = False
+    clip: float = 1.0
     name: ClassVar[str] = "int"
 
     def __post_init__(self) -> None:
@@ -35,10 +37,21 @@ class Int(Coded):
             if getattr(self, key) not in legal:
                 names = ", ".join(map(str, legal))
                 raise RecipeError(f"int({key}={getattr(self, key)}): {key} must be one of {names}")
+        if not 0.5 <= self.clip <= 1 or self.symmetric and self.clip < 1:
+            raise RecipeError(f"int(clip={self.clip}): clip must be from 0.5 to 1, and 1 where "
+                              "symmetric=true")
+
+    @property
+    def _cut(self) -> float:
+        """The share of the range that is clipped at either end."""
+        return (1 - self.clip) / 2
 
     @property
     def values(self) -> Whole:
-        return Whole(self.bits, 2 ** (self.bits - 1) if self.symmetric else 0)
+        if self.symmetric or self.clip == 1:
+            return Whole(self.bits, 2 ** (self.bits - 1) if self.symmetric else 0)
+        beyond = self._cut / self.clip * (1 + 2.0**-10) + 2.0**-11  # of the scale's rounding
+        return Whole(self.bits, 0, (2**self.bits - 1) * beyond)
 
     @property
     def has_low(self) -> bool:  # type: ignore[override]
@@ -48,11 +61,14 @@ class Int(Coded):
         if self.symmetric:  # the largest magnitude becomes code 1 or 2**bits - 1
             most = x.abs().amax(-1, keepdim=True) / max(2 ** (self.bits - 1) - 1, 1)
             return round_up(most), None
-        low = x.amin(-1, keepdim=True)
+        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+        if self.clip < 1:
+            cut = (high - low) * self._cut
+            low, high = low + cut, high - cut
         rounded = low.to(torch.float16)
         below = torch.nextafter(rounded, torch.full_like(rounded, -torch.inf))
         low = torch.where(rounded.float() > low, below, rounded)
-        want = (x.amax(-1, keepdim=True) - low.float()) / (2**self.bits - 1)
+        want = (high - low.float()) / (2**self.bits - 1)
         scale = want.to(torch.float16)
         above = torch.nextafter(scale, torch.full_like(scale, torch.inf))
         short = (scale.float() < want) & (want < F16_NORMAL)  # subnormals: round up, never to zero
@@ -62,7 +78,7 @@ class Int(Coded):
     def cpp_fit(self) -> str:
         if self.symmetric:
             return f"Peak<{max(2 ** (self.bits - 1) - 1, 1)}>"
-        return f"Asymmetric<{self.bits}>"
+        return f"Asymmetric<{self.bits}, {float_bits(self._cut)}u>"
 
     def limit(self, dtype: torch.dtype) -> float:
         return F16_MAX / 2  # low fits fp16, and so does high - low

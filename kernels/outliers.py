@@ -10,7 +10,7 @@ from torch import Tensor
 from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE, Planes, Side, StepPlane
 from kvcompile.kernels.coded import Coded
-from kvcompile.kernels.wrapper import Wrapper
+from kvcompile.kernels.wrapper import Wrapper, total
 from kvcompile.recipe import Term
 
 
@@ -61,10 +61,13 @@ class Outliers(Wrapper):
         coded, dim = self._coded, x.shape[-1]
         grouped = coded._grouped(x.float())                              # [..., groups, group]
         taken = self._shape(dim)[2]
-        far = (grouped - grouped.mean(-1, keepdim=True)).abs()
-        place = far.topk(taken, -1).indices.sort(-1).values
+        group = grouped.shape[-1]
+        far = (grouped - total(grouped) / group).abs()
+        order = torch.arange(group - 1, -1, -1, device=x.device)         # of equals the first
+        rank = far.contiguous().view(torch.int32).long() * group + order
+        place = rank.topk(taken, -1).indices.sort(-1).values
         inside = torch.ones_like(grouped, dtype=torch.bool).scatter(-1, place, False)
-        mean = (grouped * inside).sum(-1, keepdim=True) / inside.sum(-1, keepdim=True)
+        mean = total(torch.where(inside, grouped, 0.0)) / (group - taken)
         dense = torch.where(inside, grouped, mean)
         planes = coded.encode(coded._ungrouped(dense), side)
         stored = coded._grouped(coded.decode(planes, dim, torch.float32, side))
@@ -92,6 +95,11 @@ class Outliers(Wrapper):
         _, group, taken = self._shape(dim)
         return (f"Outliers{side.upper()}<{self.inner_cpp(dim, dtype, side)}, {dim}, "
                 f"{self._coded.axis}_axis, {group}, {taken}>")
+
+    def cpp_writer(self, dim: int, dtype: torch.dtype, side: Side) -> str:
+        """The C++ type that writes the planes; RecipeError if none does."""
+        inside = self.inner_writer(dim, dtype, side)
+        return f"OutliersWriter<{inside}, {self.cpp(dim, dtype, side)}, {self._shape(dim)[2]}>"
 
 
 FORMAT = Outliers

@@ -53,5 +53,10 @@ class Scaled(Wrapper):
         """The C++ type that reads the planes (`kernels/cpp/wrapper.h`)."""
         return f"Scaled<{self.inner_cpp(dim, dtype, side)}, {dim}, {self.step}>"
 
+    def cpp_writer(self, dim: int, dtype: torch.dtype, side: Side) -> str:
+        """The C++ type that writes the planes; RecipeError if none does."""
+        inside = self.inner_writer(dim, dtype, side)
+        return f"ScaledWriter<{inside}, {self.cpp(dim, dtype, side)}, {dim}, {self.step}>"
+
 
 FORMAT = Scaled

@@ -11,10 +11,11 @@ FLOATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 @dataclass(frozen=True)
 class Whole:
-    """Whole numbers: code - offset."""
+    """Whole numbers: code - offset. What is encoded lies up to `beyond` outside their range."""
 
     bits: int
     offset: int = 0
+    beyond: float = 0.0
 
     def decode(self, codes: Tensor) -> Tensor:
         return codes.float() - self.offset
@@ -24,7 +25,10 @@ class Whole:
 
     def half_gap(self, codes: Tensor) -> Tensor:
         """|x - decode(encode(x))| <= half_gap for every x within the range of the codes."""
-        return torch.full_like(codes, 0.5, dtype=torch.float32)
+        half = torch.full_like(codes, 0.5, dtype=torch.float32)
+        if self.beyond > 0.5:
+            half[(codes == 0) | (codes == 2**self.bits - 1)] = self.beyond
+        return half
 
     @property
     def cpp(self) -> str:
@@ -59,7 +63,7 @@ class Float8:
 
 @dataclass(frozen=True)
 class Table:
-    """A codebook: `numbers`, ascending, 4 or 16 of them; the nearest one is taken."""
+    """A codebook: `numbers`, ascending, 4 or 16 of them; the nearest one to an x in [-1, 1]."""
 
     numbers: tuple[float, ...]
 
@@ -78,9 +82,10 @@ class Table:
         return torch.bucketize(x.contiguous(), (table[1:] + table[:-1]) / 2).to(torch.uint8)
 
     def half_gap(self, codes: Tensor) -> Tensor:
-        half = self._tensor(codes).diff() / 2
-        zero = half.new_zeros(1)
-        return torch.maximum(torch.cat([zero, half]), torch.cat([half, zero]))[codes.long()]
+        table = self._tensor(codes)
+        half = table.diff() / 2
+        below = torch.cat([table[:1] + 1, half])
+        return torch.maximum(below, torch.cat([half, 1 - table[-1:]]))[codes.long()]
 
     @property
     def cpp(self) -> str:

@@ -70,3 +70,17 @@ class Wrapper:
         if not hasattr(self.inner, "cpp"):
             raise RecipeError(f"format {self.inner.name} has no C++ reader")
         return str(self.inner.cpp(dim, dtype, side))
+
+    def inner_writer(self, dim: int, dtype: torch.dtype, side: Side) -> str:
+        """The C++ type that writes the format inside; RecipeError if none does."""
+        if not hasattr(self.inner, "cpp_writer"):
+            raise RecipeError(f"format {self.inner.name} has no C++ writer")
+        return str(self.inner.cpp_writer(dim, dtype, side))
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum over the last dim, kept: half of it added to the other, so that every machine and
+    the kernels (`kernels/cpp/append.h`) get the same bits."""
+    while (n := x.shape[-1]) > 1:
+        x = torch.cat([x[..., : n // 2] + x[..., n // 2 : n // 2 * 2], x[..., n // 2 * 2 :]], -1)
+    return x

@@ -25,7 +25,8 @@ def as_dict(method: Method) -> dict[str, Any]:
     """A method in plain types; `axes` is what it sets with its defaults."""
     params = [{"name": p.name, "default": _plain(p.default), "legal": legal(p), "help": p.help}
               for p in method.params]
-    axes = method.axes(method.bind(Term(method.name)))
+    term = Term(method.name)
+    axes = method.layer_axes(term, method.bind(term), 1)[0]
     return {"name": method.name, "title": method.title, "family": method.family,
             "paper": method.paper, "note": method.note, "parameters": params,
             "axes": {axis: _plain(value) for axis, value in axes.items()}}
@@ -33,6 +34,8 @@ def as_dict(method: Method) -> dict[str, Any]:
 
 def legal(param: Param) -> str:
     """The legal values of a parameter in words: `2, 4` or `from 0, a multiple of group`."""
+    if param.calibrated:
+        return "a list, found by calibration"
     if param.choices:
         return ", ".join(str(_plain(choice)) for choice in param.choices)
     words = [f"{word} {bound:g}" for word, bound in (("from", param.minimum), ("to", param.maximum))
@@ -68,7 +71,8 @@ def page(method: Method) -> str:
             grid.add_row(p["name"], str(p["default"]), p["legal"], p["help"])
         lines += [as_text(grid), ""]
     axes = [f"  {axis} = {value}" for axis, value in told["axes"].items()]
-    return "\n".join([*lines, "sets, by default:" if axes else "sets nothing", *axes])
+    head = "sets, for example:" if method.calibrate else "sets, by default:"
+    return "\n".join([*lines, head if axes else "sets nothing", *axes])
 
 
 def _plain(value: Any) -> Any:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kvcompile.errors import KVCompileError, RecipeError, nearest
 from kvcompile.recipe import Slice, Term, Value
 from kvcompile.registry import plugins
+
+if TYPE_CHECKING:
+    from kvcompile.calibration import Samples
+
+Axes: TypeAlias = Mapping[str, Value]
 
 _KINDS = {
     bool: "true or false",
@@ -33,9 +38,12 @@ class Param:
     maximum: float | None = None
     multiple_of: int | str | None = None  # a str names another parameter
     help: str = ""
+    calibrated: bool = False  # a list that the method's `calibrate` finds where it is None
 
     @property
     def kind(self) -> type | None:
+        if self.calibrated:
+            return tuple
         known = (self.default, self.minimum, self.maximum, *(self.choices or ()))
         return next((type(value) for value in known if value is not None), None)
 
@@ -69,6 +77,11 @@ class Param:
 class Method:
     """A named method; `axes` maps bound parameters to the axes that the method sets.
 
+    These are the same for all layers, or a sequence: one mapping for each claimed layer, in order.
+    A method with `calibrate` has parameters that are None until it has seen text: `calibrate`
+    gives them from the bound ones and what attention saw in the claimed layers. They are written
+    into the recipe (`kvcompile.calibration`), so that its text is all that anybody needs.
+
     Every method also takes ``layers=``: a slice, a layer or a list of layers.
     """
 
@@ -77,8 +90,9 @@ class Method:
     paper: str
     family: str
     params: tuple[Param, ...]
-    axes: Callable[[Mapping[str, Any]], Mapping[str, Value]]
+    axes: Callable[[Mapping[str, Any]], Axes | Sequence[Axes]]
     note: str = ""
+    calibrate: Callable[[Mapping[str, Any], Samples], Axes] | None = None
 
     def __post_init__(self) -> None:
         names = [param.name for param in self.params]
@@ -90,6 +104,21 @@ class Method:
     def defaults(self) -> dict[str, Value | None]:
         """Declared parameters and their defaults, without ``layers``."""
         return {param.name: param.default for param in self.params}
+
+    def uncalibrated(self, bound: Mapping[str, Any]) -> str:
+        """The first parameter that calibration has yet to find, else ``""``."""
+        found = [p.name for p in self.params if p.calibrated and bound[p.name] is None]
+        return found[0] if found else ""
+
+    def layer_axes(self, term: Term, bound: Mapping[str, Any], layers: int) -> list[Axes]:
+        """What `term`, bound, sets on each of the `layers` layers that it claims."""
+        axes = self.axes(bound)
+        if isinstance(axes, Mapping):
+            return [axes] * layers
+        if len(axes) != layers:
+            raise RecipeError(f"{located(term)}: was calibrated for {len(axes)} layers, but claims "
+                              f"{layers}")
+        return list(axes)
 
     def bind(self, term: Term) -> dict[str, Any]:
         """Every parameter's value, checked, and ``layers`` (all of them unless `term` says)."""

@@ -23,13 +23,16 @@ log = logging.getLogger(__name__)
 
 def optimize(model: PreTrainedModel, recipe: str | Recipe = "kivi(bits=4)", *,
              max_length: int | None = None, compile: bool = True,
-             prefill_chunk: int | None = None) -> PreTrainedModel:
+             prefill_chunk: int | None = None,
+             calibration: Tensor | None = None) -> PreTrainedModel:
     """A model of the same class family that shares `model`'s weights; K and V stored by `recipe`.
 
     max_length     tokens for which every cache is allocated in advance; more raise CacheFullError
     compile        compile the decode step with Inductor (else run the same graph eagerly)
     prefill_chunk  tokens of a prompt that are processed at a time; later chunks read what earlier
                    ones stored
+    calibration    token ids [texts, tokens] for methods that look at text first, such as kvtuner;
+                   without it the model writes some for itself, with a fixed seed
 
     `model` is left as it was; if it is itself an optimized model, its captured graph is used again.
     Raises RecipeError, or UnsupportedModelError if the model cannot be captured or mixes tokens by
@@ -43,12 +46,13 @@ def optimize(model: PreTrainedModel, recipe: str | Recipe = "kivi(bits=4)", *,
         check_compiler()
     if isinstance(model, Optimized):
         model.kvcompile.check_weights(model)
-        base, program = model.kvcompile.model, model.kvcompile.program.lower(recipe)
+        base, program = model.kvcompile.model, model.kvcompile.program.lower(
+            recipe, calibration=calibration)
     elif not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model: it has "
                                     "no generate(); kvcompile.capture takes any PyTorch decoder")
     else:
-        base, program = model, capture(model, recipe)
+        base, program = model, capture(model, recipe, calibration=calibration)
         self_check(base, program)
     cls: Any = type(type(base).__name__, (Optimized, type(base)), {  # pipelines know the name
         "__doc__": f"{type(base).__name__} with a KV cache compressed by kvcompile.",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 from kvcompile.errors import RecipeError
-from kvcompile.method import find_method, located
+from kvcompile.method import Axes, find_method, located
 from kvcompile.recipe import Recipe, Slice, Term, Value, parse_term
 
 
@@ -37,29 +37,62 @@ class LayerPlan:
 def plan(recipe: str | Recipe, layers: int) -> tuple[LayerPlan, ...]:
     """Bind every term of `recipe` to the layers that it claims, out of `layers`.
 
-    Two terms may set an axis of a layer to one value, never to two.
+    A term that names layers wins there over one that names none: ``kivi(bits=2)+int8(layers=0)``
+    stores layer 0 by int8, and ``full(layers=:2)+kivi`` leaves the first two as they are, since a
+    term without any axis keeps its layers whole. Otherwise two terms may set an axis of a layer to
+    one value, never to two.
     """
-    values: list[dict[str, Value]] = [{} for _ in range(layers)]
-    origin: list[dict[str, Term]] = [{} for _ in range(layers)]
+    claims: list[list[tuple[Term, Axes]]] = [[] for _ in range(layers)]
     for term in Recipe.parse(recipe).terms:
         method = find_method(term)
         params = method.bind(term)
-        claimed = _claimed(term, params["layers"], layers)
-        for axis, value in method.axes(params).items():
-            if axis.startswith("format.") and isinstance(value, str):
-                value = parse_term(value)
-            clash = [i for i in claimed if values[i].get(axis, value) != value]
-            if clash:
-                other = origin[clash[0]][axis]
-                shared = [i for i in clash if origin[i][axis] is other]
-                raise RecipeError(_conflict(other, term, axis, shared))
-            for i in claimed:
-                values[i][axis] = value
-                origin[i].setdefault(axis, term)
-    return tuple(map(LayerPlan, values, origin))
+        if missing := method.uncalibrated(params):
+            raise RecipeError(f"{located(term)}: {missing} comes from calibration: kvcompile."
+                              "optimize(model, recipe, calibration=ids) finds it")
+        claimed = claimed_layers(term, params["layers"], layers)
+        for i, axes in zip(claimed, method.layer_axes(term, params, len(claimed)), strict=True):
+            claims[i].append((term, {a: _value(a, v) for a, v in axes.items()}))
+    merged = [_merged(own) for own in claims]
+    clashes = [(clash, i) for i, (_, clash) in enumerate(merged) if clash]
+    if clashes:
+        first = clashes[0][0]
+        assert first is not None
+        raise RecipeError(_conflict(*first, [i for clash, i in clashes if clash == first]))
+    return tuple(own for own, _ in merged)
 
 
-def _claimed(term: Term, layers: Slice | int | tuple[int, ...], n: int) -> list[int]:
+_Clash: TypeAlias = tuple[Term, Term, str]
+
+
+def _merged(claims: list[tuple[Term, Axes]]) -> tuple[LayerPlan, _Clash | None]:
+    """One layer's plan from the terms that claim it, and the first two that contradict."""
+    named = [claim for claim in claims if _names(claim[0])]
+    whole = next((term for term, axes in named if not axes), None)
+    if whole:
+        other = next(((t, axis) for t, axes in named for axis in axes), None)
+        return LayerPlan(), other and (whole, *other)
+    values: dict[str, Value] = {}
+    origin: dict[str, Term] = {}
+    for term, axes in (*named, *(claim for claim in claims if not _names(claim[0]))):
+        for axis, value in axes.items():
+            if values.setdefault(axis, value) == value:
+                origin.setdefault(axis, term)
+            elif _names(term) == _names(origin[axis]):
+                return LayerPlan(), (origin[axis], term, axis)
+    return LayerPlan(values, origin), None
+
+
+def _names(term: Term) -> bool:
+    """Whether `term` says which layers it is for."""
+    return term.get("layers") is not None
+
+
+def _value(axis: str, value: Value) -> Value:
+    """Formats are compared as terms."""
+    return parse_term(value) if axis.startswith("format.") and isinstance(value, str) else value
+
+
+def claimed_layers(term: Term, layers: Slice | int | tuple[int, ...], n: int) -> list[int]:
     """The layers, ascending, that `term` claims among `n`."""
     if isinstance(layers, Slice):
         claimed = set(layers.indices(n))

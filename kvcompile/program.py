@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TextIO
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
+from kvcompile.calibration import calibrated
 from kvcompile.capture import export
 from kvcompile.capture_module import export_module
 from kvcompile.errors import KVCompileError, nearest
@@ -62,12 +63,14 @@ class Program:
                                  f"passes: {', '.join(self.snapshots)}")
         return Program(self.name, self.snapshots[name], self.recipe)
 
-    def lower(self, recipe: str | Recipe, watch: Callable | None = None) -> "Program":
+    def lower(self, recipe: str | Recipe, watch: Callable | None = None,
+              calibration: Tensor | None = None) -> "Program":
         """This program under a recipe: all passes over the graph as it was captured.
 
-        `watch(pass, graph, outcomes, seconds)` is called after each pass.
+        `watch(pass, graph, outcomes, seconds)` is called after each pass. `calibration` is token
+        ids for methods that look at text first; what they find is in the result's `recipe`.
         """
-        recipe = Recipe.parse(recipe)
+        recipe = calibrated(Recipe.parse(recipe), self, calibration)
         start = self.snapshots["capture"]
         out = Program(self.name, copy_graph(start), recipe, snapshots={"capture": start},
                       seconds={"capture": self.seconds["capture"]})
@@ -90,7 +93,7 @@ class Program:
 
 
 def capture(model: nn.Module, recipe: str | Recipe = "full",
-            watch: Callable | None = None) -> Program:
+            watch: Callable | None = None, calibration: Tensor | None = None) -> Program:
     """Capture a causal LM, of transformers or plain PyTorch, and run the passes of `recipe`.
 
     The model is left exactly as it was and shares its parameters with the graph. Raises
@@ -101,4 +104,4 @@ def capture(model: nn.Module, recipe: str | Recipe = "full",
     gm = export(model) if isinstance(model, PreTrainedModel) else export_module(model)
     program = Program(type(model).__name__, gm, recipe, snapshots={"capture": gm},
                       seconds={"capture": time.perf_counter() - start})
-    return program.lower(recipe, watch)
+    return program.lower(recipe, watch, calibration)

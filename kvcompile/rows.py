@@ -111,9 +111,10 @@ def _rewrites(program: Program, before: list[float]) -> Iterator[Row]:
 def _idle(program: Program) -> Iterator[Row]:
     """A warning wherever a term claims a layer and the passes do the same without it."""
     terms, sites = program.recipe.terms, program.sites
-    now = _effects(program, program.recipe)
+    now, every = _effects(program, program.recipe), plan(program.recipe, len(sites))
     for i, term in enumerate(terms):
-        claimed = [bool(own.values) for own in plan(Recipe((term,)), len(sites))]
+        claimed = [any(whole.get(a) == v for a, v in own.values.items()) for own, whole in
+                   zip(plan(Recipe((term,)), len(sites)), every, strict=True)]
         others = terms[:i] + terms[i + 1 :]
         if not any(claimed):
             continue

@@ -16,6 +16,7 @@ from kvcompile.store import Store
 class Select:
     """Keep the first `sinks` and the last `window` tokens; drop the others when one more arrives.
 
+    Without a window none are dropped: the first ones are stored exactly, whatever the format.
     Layers with an attention window of their own keep no more than it shows (`Store.of`).
     """
 
@@ -28,13 +29,14 @@ class Select:
         for index, node in enumerate(attention_nodes(gm.graph)):
             axes = {a: v for a, v in plan[index].values.items() if a in self.axes}
             kept = Store.of(axes, argument(node, "window"))
-            if not kept.window:
+            if not kept.window and not kept.sinks:
                 continue
             store = replace(Store.parse(argument(node, "store")), sinks=kept.sinks,
                             window=kept.window)
             node.kwargs = cast(Any, {**node.kwargs, "store": str(store)})
-            first = f"{kept.sinks} first and " if kept.sinks else ""
-            outcomes.append(Rewritten(index, f"{first}{kept.window} last tokens"))
+            first = f"{kept.sinks} first" if kept.sinks else ""
+            last = f"{kept.window} last" if kept.window else "all others"
+            outcomes.append(Rewritten(index, " and ".join(filter(None, (first, last))) + " tokens"))
         return outcomes
 
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from support import RECIPES, greedy, optimized, prompt
+from support import EVERY, greedy, optimized, prompt
 from torch._inductor.utils import run_and_get_code
 
 import kvcompile
@@ -13,7 +13,7 @@ import kvcompile.engine
 LLAMA = "llama:2"  # two layers: these tests compile a lot
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", EVERY)
 def test_tokens_equal_eager(recipe):
     ours = optimized(LLAMA, recipe, compile=True)
     for tokens in (1, 140):

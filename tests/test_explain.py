@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from support import RECIPES, optimized, plain, prompt
+from support import EVERY, optimized, plain, prompt
 
 import kvcompile
 from kvcompile.baseline import Uncompressed, cache_nbytes, uncompressed
@@ -33,7 +33,7 @@ def prefill(report: Report, tokens: int, batch: int) -> OwnCache:
     return cache
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", EVERY)
 @pytest.mark.parametrize("arch", ["llama", "mistral", "gemma2"])
 def test_bytes_are_what_a_prefill_allocates(arch: str, recipe: str) -> None:
     report = kvcompile.explain(optimized(arch), recipe)

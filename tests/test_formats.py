@@ -13,6 +13,10 @@ SPELLED = (
     *(f"int(bits={b}, axis={a}, group={g})" for b in (2, 4, 8) for a in ("channel", "token")
       for g in (16, 32, 64, 128)),
     *(f"int(bits={b}, symmetric=true)" for b in (2, 4, 8)),
+    "int(bits=4, clip=0.95)", "int(bits=8, axis=channel, clip=0.5)",
+    "nuq(table=[-0.7, -0.2, 0.1, 0.6])",
+    "nuq(table=[-1, -0.9, -0.8, -0.6, -0.5, -0.3, -0.2, 0, 0.1, 0.2, 0.3, 0.5, 0.6, 0.7, 0.9, 1], "
+    "axis=channel, group=32)",
     "nf4(group=16)", "nf4(axis=channel, group=32)",
     "hadamard(of=int(bits=4))", "hadamard(of=int(bits=2, axis=channel))",
     "centered(of=int(bits=4, symmetric=true))", "centered(of=fp8, block=32)",
@@ -111,6 +115,9 @@ def test_nf4_is_the_published_codebook():
     ("int(axis=head)", "axis must be one of channel, token"),
     ("int(symetric=true)", "did you mean 'symmetric'?"),
     ("nf4(group=48)", "group must be one of 16, 32, 64, 128"),
+    ("int(clip=0.2)", "clip must be from 0.5 to 1"),
+    ("nuq(table=[0, 1])", "table must list 4 or 16 numbers"),
+    ("nuq(table=[0, 1, 0.5, 0.6])", "table must ascend within -1 to 1"),
     ("fp8(kind=e3m4)", "kind must be one of e4m3, e5m2"),
     ("innt", "unknown format 'innt'"),
 ])

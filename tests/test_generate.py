@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support import RECIPES, greedy, needs_smollm2, optimized, plain, prompt
+from support import EVERY, greedy, needs_smollm2, optimized, plain, prompt
 from transformers import LlamaForCausalLM, PreTrainedModel, TextStreamer
 
 import kvcompile
@@ -32,7 +32,7 @@ def test_the_users_model_is_untouched():
     assert torch.equal(model(prompt(9)).logits, before[2])
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", EVERY)
 def test_a_batch_gives_each_row_what_it_gives_alone(recipe):
     model = optimized("llama", recipe)
     ids, lengths = prompt(150, batch=4), (150, 90, 33, 1)
@@ -45,7 +45,7 @@ def test_a_batch_gives_each_row_what_it_gives_alone(recipe):
         assert torch.equal(batch[row, 150 - n :], alone[0]), f"row of {n} tokens"
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", EVERY)
 def test_several_turns_over_one_cache(recipe):
     """Continuing a cache equals giving the same calls to forward one after the other."""
     model = optimized("llama", recipe)
@@ -108,7 +108,7 @@ def test_loss_equals_hugging_face():
     assert abs(want - got) <= 1e-5 * abs(want)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", EVERY)
 def test_copies_of_a_cache_are_independent(recipe):
     model, ids = optimized("llama", recipe), prompt(140)
     cache = model(ids, use_cache=True).past_key_values

@@ -115,6 +115,9 @@ QUICK = {
     "scaled": dict(store="store(k=scaled(of=int(bits=4)), v=scaled(of=nf4(axis=channel)))"),
     "gear": dict(store="store(k=lowrank(of=outliers(of=int(bits=2, axis=channel), fraction=0.05)), "
                        "v=lowrank(of=outliers(of=int(bits=2)), rank=2))", dtype=torch.bfloat16),
+    "kvquant": dict(store="store(k=outliers(of=nuq(table=[-0.9, -0.2, 0.3, 0.8], axis=channel, "
+                          "group=128)), v=outliers(of=nuq(table=[-0.9, -0.2, 0.3, 0.8])), "
+                          "sinks=1)"),
     "fp16": dict(store=KIVI.format(2, 32), dtype=torch.float16, group=9),
 }
 
@@ -189,7 +192,19 @@ APPENDED = ("store", KIVI.format(4, 32), KIVI.format(2, 32), "store(k=int, v=int
             "store(k=fp8, v=fp8(kind=e5m2))", "store(k=nf4(axis=channel), v=nf4)",
             "store(k=int(bits=4, symmetric=true), v=hadamard(of=int(bits=4, symmetric=true)))",
             "store(k=int(bits=4, axis=channel), k_block=128, v=int(bits=4), v_lag=128, sinks=4, "
-            "window=100)", "store(sinks=3, window=20)")
+            "window=100)", "store(sinks=3, window=20)",
+            "store(k=outliers(of=nuq(table=[-0.9, -0.2, 0.3, 0.8], axis=channel, group=128)), "
+            "v=hadamard(of=centered(of=scaled(of=outliers(of=int(bits=4, clip=0.9))))), sinks=1)",
+            *(pytest.param(text, marks=pytest.mark.slow) for text in (
+                "store(k=hadamard(of=int(bits=4, axis=channel, clip=0.95)), v=int(clip=0.9))",
+                "store(k=scaled(of=int(bits=4, group=64)), v=scaled(of=nf4(axis=channel), "
+                "block=32), v_block=64)",
+                "store(k=centered(of=int(bits=4), block=64), v=hadamard(of=centered(of=scaled("
+                "of=fp8))), sinks=1)",
+                "store(k=outliers(of=nf4(axis=channel, group=128)), v=outliers(of=nuq(table=[-0.9, "
+                "-0.2, 0.3, 0.8]), fraction=0.05), sinks=1)",
+                "store(k=outliers(of=int(bits=2, axis=channel), fraction=0.1), k_block=64, "
+                "v=scaled(of=outliers(of=fp8), block=16))")))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

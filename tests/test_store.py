@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import RECIPES
+from support import MORE, RECIPES
 
 from kvcompile.ir import APPEND, ATTEND, ATTENTION, STORABLE
 from kvcompile.plan import plan
@@ -12,11 +12,14 @@ from kvcompile.planes import Group
 from kvcompile.site import Site
 from kvcompile.store import SIDES, Store
 
-STORES = [Store.of(plan(r, 1)[0].values) for r in (*RECIPES, "kivi(bits=4, group=64)",
+STORES = [Store.of(plan(r, 1)[0].values) for r in (*RECIPES, MORE[0], MORE[2],
+          "kivi(bits=4, group=64)",
           "kivi(bits=2, residual=0)", "int8(residual=32)", "fp8(format=e5m2)",
           "streamingllm(sinks=3, window=20)+kivi(bits=4)",
           "streamingllm(sinks=4, window=200)+kivi(bits=4, residual=32)",
           "streamingllm(sinks=0, window=1)")]
+STORES += [pytest.param(Store.of(plan(r, 4)[0].values), marks=pytest.mark.slow)
+           for r in MORE[3:7]]
 HEADS, Q_HEADS, DIM = 2, 4, 32
 
 

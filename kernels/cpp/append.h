@@ -15,10 +15,14 @@ inline half round_up(float x) {
 }
 
 // fit(x, n, scale, low): how a group's scale (and low) follow from its numbers.
-template <int BITS> struct Asymmetric {
+template <int BITS, uint32_t CUT> struct Asymmetric {
     static void fit(const float* x, int n, half& scale, half& low) {
         float least = x[0], most = x[0];
         for (int i = 1; i < n; i++) least = std::min(least, x[i]), most = std::max(most, x[i]);
+        if constexpr (CUT != 0) {
+            float cut = (most - least) * as_float(CUT);
+            least = least + cut, most = most - cut;
+        }
         low = as_half(least);
         if (read(&low) > least) low = neighbour(low, false);
         float want = (most - read(&low)) / (float)((1 << BITS) - 1);
@@ -34,6 +38,14 @@ inline float largest(const float* x, int n) {
 }
 template <int DIVISOR> struct Peak {
     static void fit(const float* x, int n, half& scale, half&) { scale = round_up(largest(x, n) / (float)DIVISOR); }
+};
+struct Middle {  // the range of the numbers becomes [-1, 1]
+    static void fit(const float* x, int n, half& scale, half& low) {
+        float least = x[0], most = x[0];
+        for (int i = 1; i < n; i++) least = std::min(least, x[i]), most = std::max(most, x[i]);
+        low = as_half((least + most) / 2.0f);
+        scale = round_up(std::max(most - read(&low), read(&low) - least));
+    }
 };
 template <int MOST> struct Power {
     static void fit(const float* x, int n, exponent& scale, exponent&) {
@@ -57,6 +69,7 @@ template <int BITS, int OFFSET> struct Code<Whole<BITS, OFFSET>> {
         float y = std::nearbyint(x) + (float)OFFSET;
         return (uint8_t)std::min(std::max(y, 0.0f), (float)((1 << BITS) - 1));
     }
+    static float value(int code) { return (float)(code - OFFSET); }
 };
 template <int BITS, uint32_t... NUMBERS> struct Code<Table<BITS, NUMBERS...>> {
     static uint8_t of(float x) {
@@ -64,6 +77,10 @@ template <int BITS, uint32_t... NUMBERS> struct Code<Table<BITS, NUMBERS...>> {
         int code = 0;
         for (int i = 0; i + 1 < (1 << BITS); i++) code += x > (as_float(bits[i]) + as_float(bits[i + 1])) / 2.0f;
         return (uint8_t)code;
+    }
+    static float value(int code) {
+        const uint32_t bits[16] = {NUMBERS...};
+        return as_float(bits[code]);
     }
 };
 template <int EXPONENT> struct Code<Float8<EXPONENT>> {
@@ -76,6 +93,13 @@ template <int EXPONENT> struct Code<Float8<EXPONENT>> {
             return (uint8_t)(sign | (uint32_t)std::nearbyint(as_float(size) * as_float((uint32_t)(126 + bias + mantissa) << 23)));
         size += (1u << (drop - 1)) - 1 + ((size >> drop) & 1u);
         return (uint8_t)(sign | ((size >> drop) - ((uint32_t)(127 - bias) << mantissa)));
+    }
+    static float value(int code) {
+        constexpr int mantissa = 7 - EXPONENT, bias = (1 << (EXPONENT - 1)) - 1;
+        int power = (code & 0x7f) >> mantissa, part = code & ((1 << mantissa) - 1);
+        float size = power ? std::ldexp((float)(part + (1 << mantissa)), power - bias - mantissa)
+                           : std::ldexp((float)part, 1 - bias - mantissa);
+        return code & 0x80 ? -size : size;
     }
 };
 
@@ -138,14 +162,114 @@ template <int D, class T> struct DenseWriter {
     }
 };
 
+// The sum of n numbers, half of them added to the other half, in place.
+inline float total(float* x, int n) {
+    for (int half = n / 2; n > 1; half = n / 2) {
+        for (int i = 0; i < half; i++) x[i] = x[i] + x[half + i];
+        if (n % 2) x[half] = x[n - 1];
+        n = half + n % 2;
+    }
+    return x[0];
+}
+
+// Writers of formats around a format hand on what is left of a page's tokens.
 template <class Inner, class Reader, int D> struct HadamardWriter {
     static void write(const void* const* plane, long page, int at, const float (*x)[D], int n) {
-        for (int t = 0; t < n; t++) {
-            alignas(64) float turned[1][D];
-            std::memcpy(turned[0], x[t], sizeof(turned));
-            Reader::turn(turned[0]);
-            Inner::write(plane, page, at + t, turned, 1);
-        }
+        static thread_local std::vector<float> room(PAGE * D);
+        float (*turned)[D] = (float (*)[D])room.data();
+        std::memcpy(turned, x, n * sizeof(*x));
+        for (int t = 0; t < n; t++) Reader::turn(turned[t]);
+        Inner::write(plane, page, at, turned, n);
+    }
+};
+
+template <class Inner, class Reader, int D, int STEP> struct CenteredWriter {
+    static void write(const void* const* plane, long page, int at, const float (*x)[D], int n) {
+        static thread_local std::vector<float> room(PAGE * D);
+        float (*rest)[D] = (float (*)[D])room.data();
+        half* means = const_cast<half*>(Reader(plane, page).mean) + at / STEP * D;
+        for (int from = 0; from < n; from += STEP, means += D)
+            for (int c = 0; c < D; c++) {
+                float values[STEP];
+                for (int t = 0; t < STEP; t++) values[t] = x[from + t][c];
+                means[c] = as_half(total(values, STEP) / (float)STEP);
+                for (int t = from; t < from + STEP; t++) rest[t][c] = x[t][c] - read(means + c);
+            }
+        Inner::write(plane, page, at, rest, n);
+    }
+};
+
+template <class Inner, class Reader, int D, int STEP> struct ScaledWriter {
+    static void write(const void* const* plane, long page, int at, const float (*x)[D], int n) {
+        static thread_local std::vector<float> room(PAGE * D);
+        float (*rest)[D] = (float (*)[D])room.data();
+        half* scales = const_cast<half*>(Reader(plane, page).channel) + at / STEP * D;
+        for (int from = 0; from < n; from += STEP, scales += D)
+            for (int c = 0; c < D; c++) {
+                float most = 0.0f;
+                for (int t = from; t < from + STEP; t++) most = std::max(most, std::fabs(x[t][c]));
+                scales[c] = round_up(std::sqrt(most));
+                if (read(scales + c) < 0x1p-12f) scales[c] = as_half(0x1p-12f);
+                for (int t = from; t < from + STEP; t++) rest[t][c] = x[t][c] / read(scales + c);
+            }
+        Inner::write(plane, page, at, rest, n);
+    }
+};
+
+template <class Inner, class Reader, int N> struct OutliersWriter;
+template <bool K, int D, class V, class Fit, Axis AXIS, int GROUP, class S, bool LOW, class Reader, int N>
+struct OutliersWriter<CodedWriter<K, D, V, Fit, AXIS, GROUP, S, LOW>, Reader, N> {
+    static constexpr bool channels = AXIS == channel_axis;
+    static constexpr int GROUPS = D / (channels ? 1 : GROUP);  // of a step
+
+    static void write(const void* const* plane, long page, int at, const float (*x)[D], int n) {
+        static thread_local std::vector<float> room(PAGE * D);
+        float (*dense)[D] = (float (*)[D])room.data();
+        Reader reader(plane, page);
+        uint8_t* places = const_cast<uint8_t*>(reader.place);
+        half* rests = const_cast<half*>(reader.rest);
+        for (int from = 0; from < n; from += channels ? GROUP : 1)
+            for (int g = 0; g < GROUPS; g++) {
+                auto in = [&](auto* y, int i) -> auto& { return channels ? y[from + i][g] : y[from][g * GROUP + i]; };
+                float values[GROUP], far[GROUP];
+                bool out[GROUP] = {};
+                for (int i = 0; i < GROUP; i++) values[i] = in(x, i);
+                float mean = total(values, GROUP) / (float)GROUP;
+                for (int i = 0; i < GROUP; i++) far[i] = std::fabs(in(x, i) - mean);
+                for (int k = 0; k < N; k++) {  // of equals the first
+                    int best = -1;
+                    for (int i = 0; i < GROUP; i++)
+                        if (!out[i] && (best < 0 || far[i] > far[best])) best = i;
+                    out[best] = true;
+                }
+                for (int i = 0; i < GROUP; i++) values[i] = out[i] ? 0.0f : in(x, i);
+                mean = total(values, GROUP) / (float)(GROUP - N);
+                for (int i = 0, k = 0; i < GROUP; i++) {
+                    in(dense, i) = out[i] ? mean : in(x, i);
+                    if (out[i]) places[where(at + from, g, k++)] = (uint8_t)i;
+                }
+            }
+        CodedWriter<K, D, V, Fit, AXIS, GROUP, S, LOW>::write(plane, page, at, dense, n);
+        for (int from = 0; from < n; from += channels ? GROUP : 1)
+            for (int g = 0; g < GROUPS; g++)
+                for (int k = 0; k < N; k++) {
+                    long entry = where(at + from, g, k);
+                    int i = places[entry], t = channels ? from + i : from, c = channels ? g : g * GROUP + i;
+                    rests[entry] = as_half(x[t][c] - stored(reader.inner, at + t, c));
+                }
+    }
+
+    static long where(int token, int group, int k) {
+        return channels ? ((long)token / GROUP * D + group) * N + k : ((long)group * N + k) * PAGE + token;
+    }
+
+    template <class Coded> static float stored(const Coded& coded, int token, int channel) {
+        int shift;
+        long byte = place_of<K, D, V::bits>(token, channel, shift);
+        long scale = channels ? (long)token / GROUP * D + channel : (long)channel / GROUP * PAGE + token;
+        float y = Code<V>::value(coded.codes[byte] >> shift & ((1 << V::bits) - 1)) * number_of(coded.scale[scale]);
+        if constexpr (LOW) y = y + number_of(coded.low[scale]);
+        return y;
     }
 };
 

@@ -1,0 +1,57 @@
+"""nuq: codes of a calibrated codebook, over each group's own range."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvcompile.errors import RecipeError
+from kvcompile.kernels.coded import GROUPS, Coded
+from kvcompile.kernels.int_group import F16_MAX, round_up
+from kvcompile.kernels.values import Table
+
+
+@dataclass(frozen=True)
+class Nuq(Coded):
+    """x -> table[code] * scale + low: the middle of a group's range and half its width, in fp16.
+
+    The non-uniform datatype of KVQuant (arXiv:2401.18079, section 3.3): a codebook of [-1, 1] that
+    calibration finds, one for K and one for V of each layer.
+    """
+
+    table: tuple[float, ...] = ()
+    axis: str = "token"
+    group: int = 128
+    name: ClassVar[str] = "nuq"
+    has_low: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for key, legal in (("axis", ("channel", "token")), ("group", GROUPS)):
+            if getattr(self, key) not in legal:
+                names = ", ".join(map(str, legal))
+                raise RecipeError(f"nuq({key}={getattr(self, key)}): {key} must be one of {names}")
+        numbers = self.table if isinstance(self.table, tuple) else ()
+        if len(numbers) not in (4, 16) or not all(type(x) in (int, float) for x in numbers):
+            raise RecipeError("nuq(table=[...]): table must list 4 or 16 numbers")
+        if list(numbers) != sorted(set(numbers)) or max(map(abs, numbers)) > 1:
+            raise RecipeError("nuq(table=[...]): table must ascend within -1 to 1")
+
+    @property
+    def values(self) -> Table:
+        return Table(self.table)
+
+    def fit(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        least, most = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+        low = ((least + most) / 2).to(torch.float16)
+        return round_up(torch.maximum(most - low.float(), low.float() - least)), low
+
+    @property
+    def cpp_fit(self) -> str:
+        return "Middle"
+
+    def limit(self, dtype: torch.dtype) -> float:
+        return F16_MAX / 2
+
+
+FORMAT = Nuq
