@@ -85,7 +85,8 @@ def statements(store: Store, dims: tuple[int, int], dtype: torch.dtype, heads: i
             f"{name}{up}Sinks, {name}{up}Body, {name}{up}Recent, {dim}>({side}_sinks, {side}_body, "
             f"{side}_recent, count, {side}_at[layer] + b * {side}_row[layer] + h * "
             f"{side}_head[layer] + t * {side}_token[layer]);")
-    lines += ["    count++;", "  }", "}", f"for (int64_t i = 0; i < {number} * batch * heads; i++) {{",
+    lines += ["    count++;", "  }", "}",
+              f"for (int64_t i = 0; i < {number} * batch * heads; i++) {{",
               "  const int64_t b = i / heads % batch;", "  int64_t more = 0;",
               "  for (int64_t t = 0; t < tokens; t++) more += valid[b * tokens + t];",
               "  const_cast<int32_t&>(plane0[(slots[i / heads / batch] * batch + b) * heads + "

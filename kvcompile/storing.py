@@ -1,4 +1,4 @@
-"""Storing a call's tokens by the fused kernel, in graphs that run eagerly (prompts, later turns)."""
+"""Storing tokens by the fused kernel in graphs that run eagerly: prompts and later turns."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
