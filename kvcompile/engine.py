@@ -34,7 +34,7 @@ class Engine:
         self.sites = program.sites
         self._decode: dict[bool, Callable] = {}
         self._graphs: dict[str, GraphModule] = {}
-        self._storing = Storing()
+        self.storing = Storing(compile)
 
     def run(self, cache: OwnCache, ids: Tensor, positions: Tensor, valid: Tensor,
             keep: Tensor, embeds: Tensor | None = None) -> Tensor:
@@ -69,7 +69,7 @@ class Engine:
     def _eager(self, phase: str, embeds: Tensor | None) -> Callable:
         if phase not in self._graphs:
             gm = self.program.phases[phase]
-            self._graphs[phase] = self._storing.into(gm) if self.compile else gm
+            self._graphs[phase] = self.storing.into(gm)
         gm = self._graphs[phase]
         return gm if embeds is None else _with_embeddings(gm, embeds)
 

@@ -1,5 +1,6 @@
 """Storing tokens by the fused kernel in graphs that run eagerly: prompts and later turns."""
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,15 +17,20 @@ from kvcompile.store import Store
 
 class Storing:
     """kvc.append, compiled by itself: once for a store, its head dimensions and a batch of one or
-    of more rows. What the kernel cannot store, and one-token calls, go to the plain body."""
+    of more rows. What the kernel cannot store, and one-token calls, go to the plain body, and
+    everything does without `compile`."""
 
-    def __init__(self) -> None:
+    def __init__(self, compile: bool) -> None:
+        self.compile = compile
         self._compiled: dict[tuple, Callable] = {}
+        self.seconds = 0.0  # spent in `append` so far
 
     def into(self, gm: GraphModule) -> GraphModule:
         """`gm` storing by the kernel."""
         def append(*args: Any, **kwargs: Any) -> None:
+            start = time.perf_counter()
             self.append(*args, **kwargs)
+            self.seconds += time.perf_counter() - start
 
         gm = copy_graph(gm)
         for node in gm.graph.nodes:
@@ -38,7 +44,7 @@ class Storing:
         """As the op."""
         dims, dtype = (k[0].shape[-1], v[0].shape[-1]), k[0].dtype
         parsed = Store.parse(store)
-        if (valid.device.type != "cpu" or valid.shape[1] == 1
+        if (not self.compile or valid.device.type != "cpu" or valid.shape[1] == 1
                 or module("kernels", "cpp_append").unsupported(parsed, dims, dtype)):
             APPEND(planes, k, v, positions, valid, store=store, slots=slots)
             return
