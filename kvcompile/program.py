@@ -101,6 +101,9 @@ def capture(model: nn.Module, recipe: str | Recipe = "full",
     """
     start = time.perf_counter()
     recipe = Recipe.parse(recipe)
+    if isinstance(model, PreTrainedModel):  # what is wrong with a recipe is said at once
+        config = model.config.get_text_config(decoder=True)
+        check_axes(plan(recipe, getattr(config, "num_hidden_layers", None) or 1))
     gm = export(model) if isinstance(model, PreTrainedModel) else export_module(model)
     program = Program(type(model).__name__, gm, recipe, snapshots={"capture": gm},
                       seconds={"capture": time.perf_counter() - start})
