@@ -1,7 +1,6 @@
 """KVTuner: bits of K and V layer by layer, chosen by what they do to attention's output."""
 
 from collections.abc import Mapping, Sequence
-from itertools import product
 from typing import Any
 
 from kvcompile.calibration import Samples
@@ -10,7 +9,7 @@ from kvcompile.passes.methods import groups, kivi_axes, residual
 from kvcompile.store import Store
 from kvcompile.stored_attention import attend, relative
 
-PAIRS = tuple(product((2, 4, 8), repeat=2))  # (bits of K, bits of V)
+PAIRS = tuple((k, v) for k in (2, 4, 8) for v in (2, 4, 8))  # (bits of K, bits of V)
 
 
 def _axes(p: Mapping[str, Any]) -> Axes | Sequence[Axes]:
