@@ -9,8 +9,7 @@ from kvcompile.passes.methods import groups, kivi_axes, residual
 from kvcompile.store import Store
 from kvcompile.stored_attention import attend, relative
 
-BITS = (2, 4, 8)
-PAIRS = tuple((k, v) for k in BITS for v in BITS)  # bits of K, bits of V
+PAIRS = tuple((k, v) for k in (2, 4, 8) for v in (2, 4, 8))  # (bits of K, bits of V)
 
 
 def _axes(p: Mapping[str, Any]) -> Axes | Sequence[Axes]:

