@@ -43,10 +43,10 @@ def test_no_compiler(monkeypatch):
     from torch._inductor import config, cpp_builder
 
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     cpp_builder.cpp_compiler_search.cache_clear()
     try:
-        with pytest.raises(KVCompileError) as info:
+        none = config.patch({"cpp.cxx": ("no-such-compiler",)})
+        with none, pytest.raises(KVCompileError) as info:
             kvcompile.optimize(optimized("llama"), "kivi")
     finally:
         cpp_builder.cpp_compiler_search.cache_clear()
