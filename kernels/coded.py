@@ -15,6 +15,7 @@ field f of a byte being 4 channels further: 64 bytes are 4F channels of 16 token
 of a head that is no multiple of 16F).
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +29,7 @@ from kvcompile.kernels.values import Values
 GROUPS = (16, 32, 64, 128)
 
 
-class Coded:
+class Coded(ABC):
     """Base of the formats: a subclass gives `axis`, `group`, `values`, and `fit` (scale, low)."""
 
     name: ClassVar[str]
@@ -38,13 +39,13 @@ class Coded:
     has_low: ClassVar[bool] = False
 
     @property
+    @abstractmethod
     def values(self) -> Values:
         """What the codes mean."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fit(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x [..., group] -> scale and low [..., 1] as they are stored."""
-        raise NotImplementedError
 
     def scale(self, stored: Tensor) -> Tensor:
         """Stored scales as fp32."""

@@ -5,9 +5,8 @@ from hashlib import sha256
 
 import torch
 
-from kvcompile.errors import RecipeError
-from kvcompile.format import PAGE, term_of
-from kvcompile.kernels.cpp_attend import FOLDER, READERS, TIERS, tiers
+from kvcompile.format import PAGE
+from kvcompile.kernels.cpp_attend import FOLDER, READERS, TIERS, missing, tiers
 from kvcompile.kernels.dense import CPP
 from kvcompile.store import SIDES, Store
 
@@ -16,20 +15,7 @@ FILES = (*READERS, FOLDER / "append.h")
 
 def unsupported(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> str | None:
     """Why no kernel can be printed; None if one can."""
-    if dtype not in CPP:
-        return f"no kernel for {str(dtype).removeprefix('torch.')}"
-    for side, dim in zip(SIDES, dims, strict=True):
-        if dim % 16 or dim > 512:
-            return f"head dimension {dim} is not a multiple of 16 up to 512"
-        for tier in store.tiers(side):
-            fmt = store.format(side, tier)
-            if not hasattr(fmt, "cpp_writer"):
-                return f"format {fmt.name} has no C++ writer"
-            try:
-                fmt.cpp_writer(dim, dtype, side)
-            except RecipeError as error:
-                return f"{term_of(fmt)}: {error}"
-    return None
+    return missing(store, dims, dtype, "cpp_writer", "writer")
 
 
 @cache

@@ -33,17 +33,23 @@ class Shape(NamedTuple):
 
 def unsupported(store: Store, shape: Shape) -> str | None:
     """Why no kernel can be printed; None if one can."""
-    if shape.dtype not in CPP:
-        return f"no kernel for {str(shape.dtype).removeprefix('torch.')}"
-    for side, dim in zip(SIDES, shape.dims, strict=True):
+    return missing(store, shape.dims, shape.dtype, "cpp", "reader")
+
+
+def missing(store: Store, dims: tuple[int, int], dtype: torch.dtype, attribute: str, what: str
+            ) -> str | None:
+    """Why a tier has no C++ reader or writer, which `attribute` of its format names; or None."""
+    if dtype not in CPP:
+        return f"no kernel for {str(dtype).removeprefix('torch.')}"
+    for side, dim in zip(SIDES, dims, strict=True):
         if dim % 16 or dim > 512:
             return f"head dimension {dim} is not a multiple of 16 up to 512"
         for tier in store.tiers(side):
             fmt = store.format(side, tier)
-            if not hasattr(fmt, "cpp"):
-                return f"format {fmt.name} has no C++ reader"
+            if not hasattr(fmt, attribute):
+                return f"format {fmt.name} has no C++ {what}"
             try:
-                fmt.cpp(dim, shape.dtype, side)
+                getattr(fmt, attribute)(dim, dtype, side)
             except RecipeError as error:
                 return f"{term_of(fmt)}: {error}"
     return None

@@ -1,5 +1,6 @@
 """Formats around a format: what they share is that another one stores the bulk of the numbers."""
 
+from abc import ABC, abstractmethod
 from functools import cached_property
 from math import lcm
 from typing import ClassVar
@@ -12,7 +13,7 @@ from kvcompile.format import PAGE, Format, Planes, Side, StepPlane, format_of, t
 from kvcompile.recipe import Term, parse_term
 
 
-class Wrapper:
+class Wrapper(ABC):
     """Base of formats with a field `of`, the term of the format inside.
 
     `own` gives the wrapper's planes of a step of `block` tokens; those of the format inside keep
@@ -38,9 +39,9 @@ class Wrapper:
     def step(self) -> int:
         return lcm(self.inner.step, self.block)
 
+    @abstractmethod
     def own(self, dim: int) -> Planes:
         """The wrapper's planes."""
-        raise NotImplementedError
 
     def planes(self, dim: int, dtype: torch.dtype, side: Side) -> Planes:
         inside, own = self.inner.planes(dim, dtype, side), self.own(dim)

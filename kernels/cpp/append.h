@@ -2,7 +2,6 @@
 // Every number is computed as the plain bodies compute it, so that the codes are the same bits.
 namespace kvc {
 
-inline float to_half(float x) { half h; write(&h, x); return read(&h); }
 inline half as_half(float x) { half h; write(&h, x); return h; }
 inline half neighbour(half x, bool up) {  // the next fp16 number
     if ((x.bits & 0x7fff) == 0) return half{(uint16_t)(up ? 0x0001 : 0x8001)};
