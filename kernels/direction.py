@@ -1,4 +1,4 @@
-"""direction: the vectors of two layers as one direction and a length for each, the odd ones apart."""
+"""direction: vectors of two layers as one direction and two lengths, the odd ones apart."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE, Planes, Side, StepPlane
+from kvcompile.kernels.dense import CPP
 from kvcompile.kernels.wrapper import Wrapper, total
 from kvcompile.recipe import Term
 
@@ -56,7 +57,7 @@ class Direction(Wrapper):
 
     def encode(self, x: Tensor, side: Side) -> dict[str, Tensor]:
         a, b = x.float().unflatten(-2, (-1, PAGE)).chunk(2, -1)     # [..., n, 128, D]
-        lengths = [total(v * v).sqrt() for v in (a, b)]
+        lengths = [total(v * v).double().sqrt().float() for v in (a, b)]  # torch rounds fp32 oddly
         a, b = (v / torch.where(n == 0, 1, n) for v, n in zip((a, b), lengths, strict=True))
         cosine = total(a * b).clamp(-1, 1)
         first, second = self._shares(cosine)
@@ -105,6 +106,25 @@ class Direction(Wrapper):
         exact = planes["exact"].to(x.dtype)
         at = planes["place"].long()[..., None, :, None].expand_as(exact)
         return x.scatter(-2, at, exact)
+
+    def cpp_member(self, dim: int, members: int, dtype: torch.dtype, side: Side
+                   ) -> tuple[str, list[int]]:
+        """The C++ type that reads `dim` channels of one of two layers (`kernels/cpp/direction.h`),
+        and how far from the first layer's part of each plane the second's is."""
+        if members != 2:
+            raise RecipeError(f"direction is of two layers, not of {members}")
+        inside = self.inner_cpp(dim, dtype, side)
+        apart = [0] * len(self.inner.planes(dim, dtype, side)) + [PAGE]
+        return (f"Direction<{inside}, {dim}, {self.kept}, {CPP[dtype]}>",
+                [*apart, 0, self.kept * dim] if self.kept else apart)
+
+    def cpp_writer(self, dim: int, dtype: torch.dtype, side: Side) -> str:
+        """The C++ type that writes both layers; RecipeError if none does."""
+        inside, reader = self.inner_writer(dim // 2, dtype, side), self.cpp_member(
+            dim // 2, 2, dtype, side)[0]
+        bits = int(torch.tensor(self.t, dtype=torch.float64).view(torch.int64))
+        return (f"DirectionWriter<{inside}, {reader}, {dim // 2}, {self.kept}, {CPP[dtype]}, "
+                f"{bits}ull>")
 
     def limit(self, dtype: torch.dtype) -> float:
         return torch.finfo(torch.float16).max / 32  # a length is at most the root of 1,024 numbers

@@ -17,8 +17,8 @@ Shapes: q [B, Hq, S, Dk], k [B, H, S, Dk], v [B, H, S, Dv], positions and valid 
 False for padding: such tokens are neither seen nor stored). `store` is the text of a
 `kvcompile.store.Store`; `planes` are its tensors in `Store.planes` order, shared by all layers of
 a group, and a layer's index there is its `slot`. Of layers that are stored together, `members` by
-number, k and v come in order, and each of them is a `member` of the slot. `window` counts tokens of the row, the query
-included (0: no window). The bodies live in `kernels/`.
+number, k and v come in order, and each of them is a `member` of the slot. `window` counts tokens
+of the row, the query included (0: no window). The bodies live in `kernels/`.
 """
 
 from collections.abc import Callable

@@ -31,7 +31,7 @@ class Site:
 
     @property
     def place(self) -> tuple[int, int]:
-        """The layer that names the slot in which the layer's K and V lie, and their number there."""
+        """The layer that names the slot in which this one's K and V lie, and their number there."""
         own = self.layer if self.owner is None else self.owner
         return (self.members[0], self.members.index(own)) if self.members else (own, 0)
 

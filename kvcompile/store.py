@@ -90,7 +90,7 @@ class Store:
                 for axis, name in (("format", s), ("block", f"{s}_block"), ("lag", f"{s}_lag"))}
         axes |= {name: term.get(name) for name in ("sinks", "window")}
         store = Store.of({a: v for a, v in axes.items() if v is not None})
-        return replace(store, members=term.get("members", 1))
+        return replace(store, members=int(term.get("members", 1)))  # type: ignore[call-overload]
 
     @staticmethod
     def of(axes: Mapping[str, object], own: int = 0) -> "Store":
@@ -211,7 +211,7 @@ class Store:
 
     def nbytes(self, dims: tuple[int, int], dtype: torch.dtype, heads: int, counts: list[int],
                reserve: int = 0) -> int:
-        """Bytes that the members take in a cache for rows with these token counts: pages and tables.
+        """Bytes of pages and tables that the members take in a cache for rows of these counts.
 
         `reserve` is a count that every row has pages for in advance (`max_length`).
         """

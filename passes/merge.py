@@ -13,12 +13,12 @@ from torch.fx import GraphModule, Node
 
 from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE, format_of, term_of
-from kvcompile.ir import argument, attention_nodes
+from kvcompile.ir import attention_nodes
 from kvcompile.plan import LayerPlan
 from kvcompile.recipe import Term
 from kvcompile.rewrite import Outcome, Refused, Rewritten
 from kvcompile.site import Site, sites
-from kvcompile.store import Side, Store
+from kvcompile.store import Side
 
 
 @dataclass(frozen=True)

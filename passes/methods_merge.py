@@ -11,9 +11,11 @@ from kvcompile.method import Axes, Method, Param
 def _minicache(p: Mapping[str, Any]) -> list[Axes]:
     layers = p["layers"]
     pairs = p["pairs"] or neighbours(layers, p["start"])
-    other = dict(pair[::way] for pair in pairs for way in (1, -1))
-    if any(len(pair) != 2 for pair in pairs) or len(other) != 2 * len(pairs):
-        raise RecipeError(f"pairs={pairs}: must be pairs of layers, each layer in one of them")
+    if any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
+        raise RecipeError(f"pairs={pairs}: must be a list of lists of two layers")
+    other = {a: b for pair in pairs for a, b in (pair, pair[::-1])}
+    if len(other) != 2 * len(pairs):
+        raise RecipeError(f"pairs={pairs}: each layer can be in one pair only")
     if missing := sorted(set(other) - set(layers)):
         raise RecipeError(f"pairs={pairs}: layer {missing[0]} is not among those claimed")
     options = {"merge.t": p["t"], "merge.kept": round(p["retained"] * PAGE)}
