@@ -13,7 +13,16 @@ from kvcompile.format import Side
 from kvcompile.ir import body
 from kvcompile.kernels import pages
 from kvcompile.kernels.dense_attention import attend_row, causal, decode
+from kvcompile.laws import Arithmetic
 from kvcompile.store import SIDES, Store
+
+
+def arithmetic(dtype: torch.dtype) -> Arithmetic:
+    """How the bodies compute: what is decoded and torch's softmax weights have the model's type."""
+    if dtype is torch.float32:
+        return Arithmetic()
+    eps = torch.finfo(dtype).eps
+    return Arithmetic(stored=eps / 2, weights=eps, out=eps)
 
 
 def _runs(counts: Tensor) -> Iterator[tuple[slice, int]]:
