@@ -10,7 +10,7 @@ import torch
 from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE, term_of
 from kvcompile.kernels.dense import CPP
-from kvcompile.laws import Arithmetic
+from kvcompile.rounding import Arithmetic
 from kvcompile.store import SIDES, Store
 
 FOLDER = Path(__file__).parent / "cpp"
@@ -72,7 +72,7 @@ def headers() -> str:
 
 
 def statements(store: Store, shape: Shape, threads: int) -> str:
-    """The kernel's statements: q, k, v, valid, sinks, plane0.. (the count first), slot -> out, mass.
+    """The kernel's statements: q, k, v, valid, sinks, planes (the count first), slot -> out, mass.
 
     Planes hold all layers of a group; `slot` points to the layer's number. `<name>_size` and
     `_stride` are the sizes and strides of a tensor.

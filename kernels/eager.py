@@ -14,7 +14,7 @@ from kvcompile.ir import body
 from kvcompile.kernels import pages
 from kvcompile.kernels.dense_attention import attend_row, causal, decode
 from kvcompile.kernels.dense_attention import mass as weight_of
-from kvcompile.laws import Arithmetic
+from kvcompile.rounding import Arithmetic
 from kvcompile.store import SIDES, Store
 
 

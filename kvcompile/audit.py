@@ -13,7 +13,7 @@ Three laws are checked in every layer, row and step:
 import copy
 import operator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich import box
@@ -24,11 +24,12 @@ from torch.fx import GraphModule, Node
 from kvcompile.engine import Engine
 from kvcompile.errors import LawError
 from kvcompile.ir import ATTEND, ATTENTION, argument, attention_nodes
-from kvcompile.laws import Arithmetic, How, View, bound, fault, oracle, rounding
+from kvcompile.laws import How, View, bound, fault, oracle
 from kvcompile.own_cache import OwnCache
 from kvcompile.program import Program
 from kvcompile.registry import module
 from kvcompile.rewrite import copy_graph
+from kvcompile.rounding import Arithmetic, rounding
 from kvcompile.rows import fused
 from kvcompile.show import as_text
 from kvcompile.site import Site, sites
@@ -89,6 +90,21 @@ def tapped(gm: GraphModule) -> GraphModule:
     return gm
 
 
+class Taps(NamedTuple):
+    """One layer of one call: q [B, Hq, S, Dk], k, v [B, H, S, D], o [B, Hq, S, Dv]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    how: How
+
+    def row(self, row: int, valid: Tensor) -> "Taps":
+        """Of one row, its tokens only: q [Hq, S, Dk] and so on."""
+        q, k, v, o = (x[row, :, valid] for x in self[:4])
+        return Taps(q, k, v, o, self.how)
+
+
 class Run:
     """A tapped engine and its cache; `call` keeps the exact K and V of every layer and row."""
 
@@ -108,70 +124,55 @@ class Run:
         with torch.no_grad():
             self.engine.run(self.cache, ids, positions, valid, keep)
         taps = iter([x.detach().cpu() for x in self.engine.taps])
-        layers = [(*(next(taps) for _ in "qkvo"), How(
+        layers = [Taps(next(taps), next(taps), next(taps), next(taps), How(
             argument(n, "scale"), argument(n, "softcap"),
             next(taps) if argument(n, "sinks") else None)) for n in self.nodes]
         first, rows = not self.seen, range(len(ids))
         if first:
-            empty = [tuple(x[0, :, :0] for x in (k, v)) for _, k, v, *_ in layers]
-            self.seen = [[(k, v) for _ in rows] for k, v in empty]
-            self.ids = [positions[0, :0] for _ in rows]
+            self.seen = [[(x.k[b, :, :0], x.v[b, :, :0]) for b in rows] for x in layers]
+            self.ids = [positions[b, :0].cpu() for b in rows]
         valid = valid.cpu()
         self.ids = [torch.cat([own, positions[b, valid[b]].cpu()])
                     for b, own in enumerate(self.ids)]
         found = []
-        for layer, (q, k, v, o, how) in enumerate(layers):
-            worst: list[LayerAudit] = []
+        for layer, every in enumerate(layers):
             for b in rows:
-                new = k[b, :, valid[b]], v[b, :, valid[b]]
-                if not first and new[0].shape[1]:
-                    worst.append(self._check(layer, b, before, q[b, :, valid[b]], new,
-                                             o[b, :, valid[b]], how))
-                self.seen[layer][b] = tuple(  # type: ignore[assignment]
-                    torch.cat(x, 1) for x in zip(self.seen[layer][b], new, strict=True))
-            if worst:
-                found.append(max(worst, key=_share))
+                own = every.row(b, valid[b])
+                if not first and own.k.shape[1]:
+                    found.append(self._check(layer, b, before, own))
+                k, v = self.seen[layer][b]
+                self.seen[layer][b] = torch.cat([k, own.k], 1), torch.cat([v, own.v], 1)
         return found
 
-    def _check(self, layer: int, row: int, cache: OwnCache, q: Tensor, new: tuple[Tensor, Tensor],
-               o: Tensor, how: How) -> LayerAudit:
-        """A row's queries q [Hq, S, Dk], the first, middle and last, over the cache and their own
-        tokens, against o."""
-        site = self.sites[layer]
-        held, old = slots(cache, layer, row), self.seen[layer][row]
-        promise, told = contract(site.store, *old), []
-        past, name = old[0].shape[1], self._name(layer)
-        positions = self.ids[row][: past + q.shape[1]]
-        for i in sorted({0, q.shape[1] // 2, q.shape[1] - 1}):
-            end = past + i + 1
-            low = max(0, end - site.window) if site.window else 0
-            k, v = (torch.cat([a, b[:, : i + 1]], 1).double()
-                    for a, b in zip(old, new, strict=True))
-            exact = type(promise).exact(k[:, past:], v[:, past:])
-            own = type(promise)(*(torch.cat([a, b], 1)[:, low:] for a, b in (
-                (promise.k, exact.k), (promise.v, exact.v), (promise.dropped, exact.dropped))))
-            view = see(held, positions[:end], *(x[:, : i + 1] for x in new))
-            view = View.of(view.k, view.v, view.where[:, low:])
-            k, v = k[:, low:], v[:, low:]
-            if what := fault(view, own, k, v):
-                passes = self._passes(layer)
-                raise LawError(f"{name}: the cache breaks its contract: {what} (row {row}, "
-                               f"{past} tokens stored, passes: {', '.join(passes)})")
-            rough = rounding(q[:, i], view, how, self.arithmetic(site, q.shape[1]))
-            limit = bound(q[:, i], k, v, own, how)
-            for wanted, allowed, law in (
-                    (oracle(q[:, i], view, how), rough, "what the cache shows"),
-                    (oracle(q[:, i], View.exact(k, v), how), limit.total + rough,
-                     "exact attention")):
-                error = (o[:, i].double() - wanted).abs().nan_to_num(torch.inf)
-                ratio = error / allowed.clamp_min(2.0**-140)
-                at = int(ratio.argmax())
-                error, allowed = float(error.flatten()[at]), float(allowed.flatten()[at])
-                if error > allowed:
-                    raise LawError(f"{name}: the output of query head {at // o.shape[-1]} is off "
-                                   f"by {error:.3g} from {law}, allowed {allowed:.3g} (row {row}, "
-                                   f"{past} tokens stored)")
-            told.append(LayerAudit(layer, self.kernel(site, q.shape[1]), error, allowed,
+    def _check(self, layer: int, row: int, cache: OwnCache, new: Taps) -> LayerAudit:
+        """A row's queries, the first, middle and last, over the cache and their own tokens."""
+        site, old, tokens = self.sites[layer], self.seen[layer][row], new.q.shape[1]
+        held, promise, past = slots(cache, layer, row), contract(site.store, *old), old[0].shape[1]
+        where = f"row {row}, {past} tokens stored"
+        told = []
+        for i in sorted({0, tokens // 2, tokens - 1}):
+            end, q, o = past + i + 1, new.q[:, i], new.o[:, i].double()
+            own = new.k[:, : i + 1], new.v[:, : i + 1]
+            seen = slice(max(0, end - site.window) if site.window else 0, end)
+            k, v = (torch.cat(x, 1)[:, seen] for x in zip(old, own, strict=True))
+            allowed = promise.extended(i + 1)[seen]
+            view = see(held, self.ids[row][:end], *own)[seen]
+            if what := fault(view, allowed, k, v):
+                raise LawError(f"{self._name(layer, tokens)}: the cache breaks its contract: "
+                               f"{what} ({where}; passes: {', '.join(self._passes(layer))})")
+            rough = rounding(q, view, new.how, self.arithmetic(site, tokens))
+            limit = bound(q, k, v, allowed, new.how)
+            for wanted, most, law in (
+                    (oracle(q, view, new.how), rough, "what the cache shows"),
+                    (oracle(q, View.exact(k, v), new.how), limit.total + rough, "exact attention")):
+                off = (o - wanted).abs().nan_to_num(torch.inf)
+                at = int((off / most.clamp_min(2.0**-140)).argmax())
+                error, highest = float(off.flatten()[at]), float(most.flatten()[at])
+                if error > highest:
+                    raise LawError(f"{self._name(layer, tokens)}: the output of query head "
+                                   f"{at // o.shape[-1]} is off by {error:.3g} from {law}, allowed "
+                                   f"{highest:.3g} ({where})")
+            told.append(LayerAudit(layer, self.kernel(site, tokens), error, highest,
                                    float(limit.mass.max()), self._bytes(site)))
         return max(told, key=_share)
 
@@ -192,9 +193,9 @@ class Run:
         stores = [(name, own[layer].store) for name, own in known.items() if own]
         return [name for (name, now), (_, before) in zip(stores[1:], stores) if now != before]
 
-    def _name(self, layer: int) -> str:
+    def _name(self, layer: int, tokens: int) -> str:
         site = self.sites[layer]
-        return f"layer {layer}, {site.store}, kvc.attend ({self.kernel(site, 1)})"
+        return f"layer {layer}, {site.store}, kvc.attend ({self.kernel(site, tokens)})"
 
     def _bytes(self, site: Site) -> int:
         return site.store.nbytes(site.dims, site.dtype, site.heads, self.cache.rows)

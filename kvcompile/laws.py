@@ -45,6 +45,10 @@ class View:
         """Every token stands for itself."""
         return View.of(k, v, torch.arange(k.shape[1]).expand(k.shape[:2]))
 
+    def __getitem__(self, tokens: slice) -> View:
+        """What it shows of some tokens only; slots of others count none."""
+        return View.of(self.k, self.v, self.where[:, tokens])
+
     def then(self, later: View) -> View:
         """What is seen when `later` views the slots of this view."""
         where = later.where.gather(1, self.where.clamp_min(0))
@@ -71,6 +75,15 @@ class Contract:
 
     def __add__(self, other: Contract) -> Contract:
         return Contract(self.k + other.k, self.v + other.v, self.dropped | other.dropped)
+
+    def __getitem__(self, tokens: slice) -> Contract:
+        """On some tokens only."""
+        return Contract(self.k[:, tokens], self.v[:, tokens], self.dropped[:, tokens])
+
+    def extended(self, tokens: int) -> Contract:
+        """With so many exact tokens more."""
+        return Contract(*(torch.cat([x, x.new_zeros(len(x), tokens, *x.shape[2:])], 1)
+                          for x in (self.k, self.v, self.dropped)))
 
     def through(self, view: View) -> Contract:
         """This contract, on the slots of `view`, as one on the tokens that they stand for."""
@@ -163,37 +176,3 @@ def rotated(eps: Tensor, style: str = "half") -> Tensor:
     a, b = eps.chunk(2, -1) if style == "half" else eps.unflatten(-1, (-1, 2)).unbind(-1)
     both = torch.sqrt(a * a + b * b)
     return torch.cat([both, both], -1) if style == "half" else both.repeat_interleave(2, -1)
-
-
-class Arithmetic(NamedTuple):
-    """How a kernel computes: the unit roundoff of its sums; relative errors of K' and V' as they
-    are read (stored), of softmax weights and of the output; `q` and `p`: errors of the query's
-    numbers and of the weights of 128 tokens, relative to the largest among them."""
-
-    u: float = 2.0**-24
-    stored: float = 0.0
-    weights: float = 2.0**-21
-    out: float = 0.0
-    q: float = 0.0
-    p: float = 0.0
-
-
-def gamma(n: int, u: float) -> float:
-    """The relative error of a sum of n products (Higham, Accuracy and Stability, section 3.1)."""
-    return n * u / (1 - n * u)
-
-
-def rounding(q: Tensor, view: View, how: How, kernel: Arithmetic) -> Tensor:
-    """[Hq, Dv]: how far a kernel's o may be from `oracle(q, view)`.
-
-    Lengths of vectors stand for sums of magnitudes: kernels may read rotated vectors, and codes,
-    scales and offsets whose sizes add to at most 4 times the largest number's.
-    """
-    (_, n, dk), k, v = view.k.shape, heads(view.k, q), heads(view.v, q)
-    length = how.scale * q.double().norm(dim=-1) * k.norm(dim=-1).amax(-1)
-    logits = length * (8 * dk**0.5 * gamma(dk + 2, kernel.u) + kernel.stored + 2 * dk * kernel.q)
-    logits = logits + 8 * kernel.u * how.softcap
-    weights = kernel.weights + 8 * gamma(n + 2, kernel.u) + 256 * kernel.p + kernel.stored
-    error = torch.tanh(logits / 2)[:, None] * spread(q, view.v, how)
-    error = error + weights * v.norm(dim=-1).amax(-1)[:, None]
-    return error + kernel.out * (oracle(q, view, how).abs() + error)

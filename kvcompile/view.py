@@ -43,8 +43,9 @@ def see(held: tuple[Tensor, Tensor, Tensor], ids: Tensor, k: Tensor, v: Tensor) 
     where = torch.where(same.any(-1), same.int().argmax(-1) if same.shape[-1] else -1, -1)
     last = torch.arange(positions.shape[1], positions.shape[1] + k.shape[1])
     where = torch.cat([where, last.expand(k.shape[0], -1)], 1)
-    both = (torch.cat([a.double(), b.double()], 1) for a, b in zip(stored, (k, v), strict=True))
-    return View.of(*both, where)
+    keys, values = (torch.cat([a.double(), b.double()], 1)
+                    for a, b in zip(stored, (k, v), strict=True))
+    return View.of(keys, values, where)
 
 
 def contract(store: Store, k: Tensor, v: Tensor) -> Contract:

@@ -87,7 +87,7 @@ def wider(contract: Contract) -> Contract:
 @pytest.mark.parametrize("d", [0.01, 0.5, 3.0])
 def test_the_theorem_is_tight(d):
     """Two tokens of opposite values, their logits moved apart by d at the worst point."""
-    q, v = torch.ones(1, 1), torch.tensor([[[1.0], [-1.0]]])
+    q, v = torch.ones(1, 1), torch.tensor([[[1.0], [-1.0]]], dtype=torch.float64)
     k = torch.tensor([[[-d / 2], [d / 2]]], dtype=torch.float64)
     eps = torch.full_like(k, d)
     view = View.exact(k + d * v, v)
