@@ -198,6 +198,8 @@ class Run:
         return f"layer {layer}, {site.store}, kvc.attend ({self.kernel(site, tokens)})"
 
     def _bytes(self, site: Site) -> int:
+        if site.owner is not None:
+            return 0
         return site.store.nbytes(site.dims, site.dtype, site.heads, self.cache.rows)
 
 

@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 def slots(cache: KVCache, layer: int, row: int) -> tuple[Tensor, Tensor, Tensor]:
     """(position ids [H, N], K' [H, N, Dk], V' [H, N, Dv]) that a row of a layer holds, in fp32.
 
-    Heads that hold fewer tokens than others are filled up with position -1.
+    Heads that hold fewer tokens than others are filled up with position -1. A layer that stores
+    nothing itself holds what its owner does.
     """
+    owner = cache.sites[layer].owner
+    layer = layer if owner is None else owner
     group, slot = next((group, group.sites.index(site)) for group in cache.groups
                        for site in group.sites if site.layer == layer)
     pages, site = module("kernels", "pages"), group.site
