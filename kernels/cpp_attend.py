@@ -11,6 +11,7 @@ from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE, term_of
 from kvcompile.format import Side as SideName
 from kvcompile.kernels.dense import CPP
+from kvcompile.rounding import Arithmetic
 from kvcompile.store import SIDES, Store
 
 FOLDER = Path(__file__).parent / "cpp"
@@ -32,6 +33,14 @@ class Shape(NamedTuple):
     softcap: float = 0.0
     sinks: bool = False
     mass: bool = False          # whether the weight of each token is asked for
+
+
+def arithmetic(dtype: torch.dtype) -> Arithmetic:
+    """How the kernels compute. For 16-bit models q and weights are rounded to 16-bit integers of
+    the largest among them, and 2^x is right to 3e-6."""
+    if dtype is torch.float32:
+        return Arithmetic()
+    return Arithmetic(weights=4 * 3e-6, out=torch.finfo(dtype).eps / 2, q=1 / 65534, p=1 / 65534)
 
 
 def unsupported(store: Store, shape: Shape) -> str | None:

@@ -15,7 +15,16 @@ from kvcompile.ir import body
 from kvcompile.kernels import pages
 from kvcompile.kernels.dense_attention import attend_row, causal, decode
 from kvcompile.kernels.dense_attention import mass as weight_of
+from kvcompile.rounding import Arithmetic
 from kvcompile.store import SIDES, Store
+
+
+def arithmetic(dtype: torch.dtype) -> Arithmetic:
+    """How the bodies compute: what is decoded and torch's softmax weights have the model's type."""
+    if dtype is torch.float32:
+        return Arithmetic()
+    eps = torch.finfo(dtype).eps
+    return Arithmetic(stored=eps / 2, weights=eps, out=eps)
 
 
 def _runs(counts: Tensor) -> Iterator[tuple[slice, int]]:
@@ -187,7 +196,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Ten
     dims = (k.shape[-1], v.shape[-1])
     count, tiers = _tiers(parsed, planes, dims, k.dtype, [slot])
     group = q.shape[1] // heads_
-    o = q.new_zeros(*q.shape[:-1], v.shape[-1])
+    o = q.new_zeros(batch, tokens, q.shape[1], v.shape[-1]).transpose(1, 2)  # as attention's
     lse = torch.full(q.shape[:-1], -torch.inf, device=q.device)
     sizes = [x.shape for x in planes]
     places = parsed.places(dims, k.dtype, sizes) + tokens if mass else 0

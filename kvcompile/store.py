@@ -90,7 +90,7 @@ class Store:
                 for axis, name in (("format", s), ("block", f"{s}_block"), ("lag", f"{s}_lag"))}
         axes |= {name: term.get(name) for name in ("sinks", "window")}
         store = Store.of({a: v for a, v in axes.items() if v is not None})
-        return replace(store, members=int(term.get("members", 1)))  # type: ignore[call-overload]
+        return replace(store, members=term.get("members", 1))  # type: ignore[arg-type]
 
     @staticmethod
     def of(axes: Mapping[str, object], own: int = 0) -> "Store":
