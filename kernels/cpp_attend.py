@@ -63,7 +63,7 @@ def headers() -> str:
 
 
 def statements(store: Store, shape: Shape, threads: int) -> str:
-    """The kernel's statements: q, k, v, valid, sinks, plane0.. (the count first), slot -> out, mass.
+    """The statements: q, k, v, valid, sinks, plane0.. (the count first), slot -> out, mass.
 
     Planes hold all layers of a group; `slot` points to the layer's number. `<name>_size` and
     `_stride` are the sizes and strides of a tensor.
