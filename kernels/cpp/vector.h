@@ -148,6 +148,36 @@ inline vf sums(const vf* a) { vf out; for (int i = 0; i < 16; i++) out[i] = sum(
 inline vf magnitude(vf a) { return a < 0 ? -a : a; }
 #endif
 
+// 16 vectors turned: lane i of x[j] <-> lane j of x[i].
+inline void transpose(vf* x) {
+#if KVC_AVX512
+    __m512 a[16];
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+        a[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            __m512d low = _mm512_castps_pd(a[i + j]), high = _mm512_castps_pd(a[i + j + 2]);
+            x[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+            x[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+        }
+    for (int i = 0; i < 16; i += 8)
+        for (int j = 0; j < 4; j++) {
+            a[i + j] = _mm512_shuffle_f32x4(x[i + j], x[i + j + 4], 0x88);
+            a[i + j + 4] = _mm512_shuffle_f32x4(x[i + j], x[i + j + 4], 0xdd);
+        }
+    for (int j = 0; j < 8; j++) {
+        x[j] = _mm512_shuffle_f32x4(a[j], a[j + 8], 0x88);
+        x[j + 8] = _mm512_shuffle_f32x4(a[j], a[j + 8], 0xdd);
+    }
+#else
+    float a[16][16];
+    for (int i = 0; i < 16; i++) store(a[i], x[i]);
+    for (int i = 0; i < 16; i++) for (int j = 0; j < 16; j++) x[i][j] = a[j][i];
+#endif
+}
+
 inline float largest_of(const float* x, int n) {  // n a multiple of 16
     vf most = set(0.0f);
     for (int i = 0; i < n; i += 16) most = max(most, magnitude(load(x + i)));
@@ -175,6 +205,7 @@ template <bool ROUGH> inline vf exp2(vf x) {
 }
 
 inline float read(const float* p) { return *p; }
+inline float read(const exponent* p) { return as_float((uint32_t)(p->bits + 127) << 23); }
 inline float read(const bf16* p) { return as_float((uint32_t)p->bits << 16); }
 inline void write(float* p, float x) { *p = x; }
 inline void write(bf16* p, float x) {
