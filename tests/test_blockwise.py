@@ -86,7 +86,7 @@ class Prompt:
         coarse = torch.finfo(self.dtype).eps / 2 if self.dtype is torch.bfloat16 else 0.0
         eps = 2.0**-24
         logit = 2 * (dk + 4) * eps * peak / 4 + coarse * dk**0.5 * 5 * self.options["scale"]
-        weights = 2 * tokens * eps + 2 * coarse + 4 * 3e-6 * (self.dtype is not torch.float32)
+        weights = 2 * tokens * eps + 2 * coarse + 4 * 8e-5 * (self.dtype is not torch.float32)
         last = float(want.abs().max()) * torch.finfo(self.dtype).eps / 2
         return (2.718281828 ** (2 * logit) - 1 + weights) * 5.0 + last
 

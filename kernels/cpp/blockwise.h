@@ -7,7 +7,7 @@ namespace kvc {
 template <class C> struct Unit {  // queries in columns of 32: neighbouring tokens of one head
     static constexpr int chunks = (C::G + 7) / 8;
     static constexpr int heads = (C::G + chunks - 1) / chunks;
-    static constexpr int columns = heads <= 2 ? 4 : heads <= 4 ? 2 : 1;  // of a head
+    static constexpr int columns = heads <= 4 ? 4 : heads <= 6 ? 2 : 1;  // of a head
     static constexpr int tokens = columns * COLUMNS, all = heads * columns;
     using Product = Products<typename C::T, C::DK, C::DV>;
 
@@ -22,8 +22,7 @@ template <class C> struct Unit {  // queries in columns of 32: neighbouring toke
 struct Part { long base; int from, to; };
 
 // `rows` of the page for places [from, to), whose ends may lie inside a group of 16.
-template <class Reader, int D>
-inline void read_rows(const Tier& tier, long page, int from, int to, float (*out)[D]) {
+template <class Reader, int D> inline void read_rows(const Tier& tier, long page, int from, int to, float (*out)[D]) {
     Reader reader(tier.plane, page);
     if (from % 16 == 0) {
         reader.rows(from / 16, (to + 15) / 16, out);
@@ -34,33 +33,33 @@ inline void read_rows(const Tier& tier, long page, int from, int to, float (*out
     std::memcpy(out[from], some[from], (to - from) * sizeof(out[0]));
 }
 
-template <class C> inline Part stored_block(const typename C::Tiers& tiers, const Span<C>& at, long place, long block, bool sinks,
-                                            float (*k)[C::DK], float (*v)[C::DV]) {
-    auto id = [&](const Tier& tier, long ring) { return (long)tier.table[place * tier.pages + (ring ? block % ring : block)]; };
-    long base = block * PAGE;
-    if constexpr (C::SINKS > 0)
-        if (sinks) {
-            int from = (int)(std::max(at.low, base) - base), to = (int)(std::min({at.count, (long)C::SINKS, base + PAGE}) - base);
-            if (from >= to) return {base, 0, 0};
-            read_rows<typename C::KSinks, C::DK>(tiers.k_sinks, id(tiers.k_sinks, 0), from / 16 * 16, to, k);
-            read_rows<typename C::VSinks, C::DV>(tiers.v_sinks, id(tiers.v_sinks, 0), from / 16 * 16, to, v);
-            return {base, from, to};
-        }
-    int from = (int)(std::max(at.first, base) - base), to = (int)(std::min(at.queued, base + PAGE) - base);
-    int end_k = (int)std::min<long>(std::max<long>(at.end_k - base, from), to);
-    int end_v = (int)std::min<long>(std::max<long>(at.end_v - base, from), to);
-    auto read = [&](auto* body, auto* recent, auto& body_tier, auto& recent_tier, long body_ring, long recent_ring, int end, auto* out) {
-        using Body = std::remove_pointer_t<decltype(body)>;
-        using Recent = std::remove_pointer_t<decltype(recent)>;
-        constexpr int D = sizeof(out[0]) / sizeof(float);
-        if constexpr (!std::is_same_v<Body, None>)
-            if (from < end) read_rows<Body, D>(body_tier, id(body_tier, body_ring), from / 16 * 16, end, out);
-        if constexpr (!std::is_same_v<Recent, None>)
-            if (end < to) read_rows<Recent, D>(recent_tier, id(recent_tier, recent_ring), end == from ? from / 16 * 16 : end, to, out);
+template <class C> inline Part stored_part(const Span<C>& at, long block, bool sinks) {
+    const long base = block * PAGE;
+    if (sinks) return {base, (int)(std::max(at.low, base) - base), (int)(std::min({at.count, (long)C::SINKS, base + PAGE}) - base)};
+    return {C::SINKS + base, (int)(std::max(at.first, base) - base), (int)(std::min(at.queued, base + PAGE) - base)};
+}
+
+// K and V of a block's part, decoded: tokens of the body, then those of the recent tier.
+template <class C> inline void stored_rows(const typename C::Tiers& tiers, const Span<C>& at, long place, long block, bool sinks,
+                                           const Part& part, float (*k)[C::DK], float (*v)[C::DV]) {
+    auto read = [&](auto* reader, const Tier& tier, long ring, int from, int to, auto* out) {
+        using Reader = std::remove_pointer_t<decltype(reader)>;
+        if constexpr (!std::is_same_v<Reader, None>)
+            if (from < to) read_rows<Reader>(tier, tier.table[place * tier.pages + (ring ? block % ring : block)], from, to, out);
     };
-    read((typename C::KBody*)nullptr, (typename C::KRecent*)nullptr, tiers.k_body, tiers.k_recent, C::K_BODY_RING, C::K_RECENT_RING, end_k, k);
-    read((typename C::VBody*)nullptr, (typename C::VRecent*)nullptr, tiers.v_body, tiers.v_recent, C::V_BODY_RING, C::V_RECENT_RING, end_v, v);
-    return {C::SINKS + base, from, to};
+    const int from = part.from / 16 * 16;
+    if (sinks) {
+        read((typename C::KSinks*)nullptr, tiers.k_sinks, 0, from, part.to, k);
+        read((typename C::VSinks*)nullptr, tiers.v_sinks, 0, from, part.to, v);
+        return;
+    }
+    auto end = [&](long number) { return (int)std::min<long>(std::max<long>(number - block * PAGE, part.from), part.to); };
+    const int end_k = end(at.end_k), end_v = end(at.end_v);
+    auto start = [&](int end) { return end == part.from ? from : end; };
+    if (end_k > part.from) read((typename C::KBody*)nullptr, tiers.k_body, C::K_BODY_RING, from, end_k, k);
+    if (end_v > part.from) read((typename C::VBody*)nullptr, tiers.v_body, C::V_BODY_RING, from, end_v, v);
+    if (end_k < part.to) read((typename C::KRecent*)nullptr, tiers.k_recent, C::K_RECENT_RING, start(end_k), part.to, k);
+    if (end_v < part.to) read((typename C::VRecent*)nullptr, tiers.v_recent, C::V_RECENT_RING, start(end_v), part.to, v);
 }
 
 // Weights of the logits in u.s and the column's move to its new maxima. Token `first + lane` of the
@@ -104,14 +103,15 @@ template <class C> inline void weigh_columns(Unit<C>& u, int column, long first,
         moved |= peak(set(0.0f) - change) > 0.0f;
         store(keep + i * 16, exp2<false>(change));
         total[i] = set(0.0f);
+        at[i] = set(0.0f) - at[i];
     }
     const vf unit = set(scale);
     int t = 0;
     for (; t + 2 <= part.to; t += 2) {
         vf a[2], b[2];
         for (int i = 0; i < 2; i++) {
-            a[i] = exp2<C::ROUGH>(load(s[t] + i * 16) * unit - at[i]);
-            b[i] = exp2<C::ROUGH>(load(s[t + 1] + i * 16) * unit - at[i]);
+            a[i] = weight<C::ROUGH>(fma(load(s[t] + i * 16), unit, at[i]));
+            b[i] = weight<C::ROUGH>(fma(load(s[t + 1] + i * 16), unit, at[i]));
             total[i] = total[i] + (a[i] + b[i]);
         }
         Unit<C>::Product::weights(u.p, t, a, b);
@@ -120,7 +120,7 @@ template <class C> inline void weigh_columns(Unit<C>& u, int column, long first,
     if (t < part.to) {
         vf a[2];
         for (int i = 0; i < 2; i++) {
-            a[i] = exp2<C::ROUGH>(load(s[t] + i * 16) * unit - at[i]);
+            a[i] = weight<C::ROUGH>(fma(load(s[t] + i * 16), unit, at[i]));
             total[i] = total[i] + a[i];
         }
         Unit<C>::Product::weights(u.p, t, a, none);
@@ -171,11 +171,6 @@ void blockwise(const typename C::Tiers& tiers, const int32_t* count, const bool*
         }
         long past = 0;
         auto attend = [&](const Part& part) {
-            if (part.from >= part.to) return;
-            for (int t = 0; t < part.from; t++) {
-                std::memset(Product::keys(u.block) + t * C::DK, 0, C::DK * sizeof(float));
-                std::memset(Product::values(u.block) + t * C::DV, 0, C::DV * sizeof(float));
-            }
             Product::pack(u.block, part.to);
             for (int g = 0; g < heads; g++) for (int c = 0; c < used; c++) {
                 const long first = past + job.start + c * COLUMNS;
@@ -187,22 +182,24 @@ void blockwise(const typename C::Tiers& tiers, const int32_t* count, const bool*
                 Product::add(u.block, part.to, u.p, u.o[column]);
             }
         };
-        auto* k = (float(*)[C::DK])Product::keys(u.block);
-        auto* v = (float(*)[C::DV])Product::values(u.block);
         if constexpr (C::STORED) {
             past = count[place];
             Span<C> span(past);
-            for (long i = 0; i < span.sink_blocks(); i++) attend(stored_block<C>(tiers, span, place, i, true, k, v));
-            for (long i = 0; i < span.blocks(); i++) attend(stored_block<C>(tiers, span, place, span.first / PAGE + i, false, k, v));
+            auto stored = [&](long block, bool sink) {
+                Part part = stored_part<C>(span, block, sink);
+                if (part.from >= part.to) return;
+                Product::fill(u.block, part.from, part.to, [&](float (*k)[C::DK], float (*v)[C::DV]) {
+                    stored_rows<C>(tiers, span, place, block, sink, part, k, v);
+                });
+                attend(part);
+            };
+            for (long i = 0; i < span.sink_blocks(); i++) stored(i, true);
+            for (long i = 0; i < span.blocks(); i++) stored(span.first / PAGE + i, false);
         }
         const long low = C::SEEN ? std::max(0L, job.start - C::SEEN + 1) / PAGE * PAGE : 0;
         for (long base = low; base < job.start + own; base += PAGE) {
             const int to = (int)std::min<long>(PAGE, job.start + own - base);
-            for (int t = 0; t < to; t++) {
-                const auto *key = k_at(b, h, at[base + t]), *value = v_at(b, h, at[base + t]);
-                for (int d = 0; d < C::DK; d += 16) store(k[t] + d, load(key + d));
-                for (int d = 0; d < C::DV; d += 16) store(v[t] + d, load(value + d));
-            }
+            for (int t = 0; t < to; t++) Product::put(u.block, t, k_at(b, h, at[base + t]), v_at(b, h, at[base + t]));
             attend({past + base, 0, to});
         }
         for (int g = 0; g < heads; g++) for (int c = 0; c < used; c++) {

@@ -49,8 +49,15 @@ template <int DK, int DV> struct Plain {
 
     static void begin() {}
     static void end() {}
-    static float* keys(Block& block) { return block.k[0]; }
-    static float* values(Block& block) { return block.v[0]; }
+    template <class T> static void put(Block& block, int t, const T* k, const T* v) {
+        for (int d = 0; d < DK; d += 16) store(block.k[t] + d, load(k + d));
+        for (int d = 0; d < DV; d += 16) store(block.v[t] + d, load(v + d));
+    }
+    template <class Fill> static void fill(Block& block, int from, int, Fill&& rows) {
+        rows(block.k, block.v);
+        std::memset(block.k, 0, from * sizeof(block.k[0]));
+        std::memset(block.v, 0, from * sizeof(block.v[0]));
+    }
     static void pack(Block&, int) {}
     static void pack(Query& query, float (*q)[DK]) {
         for (int c = 0; c < COLUMNS; c += 16) for (int d = 0; d < DK; d += 16) {
@@ -83,33 +90,40 @@ template <int DK, int DV> struct Pairs {
     struct Query { alignas(64) pair x[WIDTH / 2][COLUMNS]; };
     struct Weights { alignas(64) pair x[PAGE / 2][COLUMNS]; };
     struct Block {
-        alignas(64) pair k[PAGE][WIDTH / 2], v[DV][PAGE / 2];
-        alignas(64) float keys[PAGE][DK], values[PAGE][DV];
+        alignas(64) pair k[PAGE][WIDTH / 2], v[DV][PAGE / 2];  // v turned: two tokens in a pair
+        alignas(64) bf16 rows[PAGE][(DV + 31) / 32 * 32];
+        alignas(64) float some_k[PAGE][DK], some_v[PAGE][DV];
     };
 
     static __m512i two(vf low, vf high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
-    static float* keys(Block& block) { return block.keys[0]; }
-    static float* values(Block& block) { return block.values[0]; }
-    static void row(const float* x, pair* to) {
-        for (int d = 0; d < WIDTH; d += 32) {
-            vf a = d < DK ? load(x + d) : set(0.0f), b = d + 16 < DK ? load(x + d + 16) : set(0.0f);
-            _mm512_storeu_si512(to + d / 2, two(a, b));
-        }
+    template <int D> static void narrow(const float* x, void* to) {
+        for (int d = 0; d < D; d += 32)
+            _mm512_storeu_si512((bf16*)to + d, two(load(x + d), d + 16 < D ? load(x + d + 16) : set(0.0f)));
     }
-    // The first `tokens` rows, which are made up to whole pairs of 16 by zeros.
+    static void put(Block& block, int t, const bf16* k, const bf16* v) {
+        for (int d = DK; d < WIDTH; d++) ((bf16*)block.k[t])[d].bits = 0;
+        std::memcpy(block.k[t], k, DK * 2);
+        std::memcpy(block.rows[t], v, DV * 2);
+    }
+    template <class Fill> static void fill(Block& block, int from, int to, Fill&& rows) {
+        rows(block.some_k, block.some_v);
+        std::memset(block.k, 0, from * sizeof(block.k[0]));
+        std::memset(block.rows, 0, from * sizeof(block.rows[0]));
+        for (int t = from; t < to; t++) narrow<DK>(block.some_k[t], block.k[t]), narrow<DV>(block.some_v[t], block.rows[t]);
+    }
+    // Once the first `tokens` rows are there: whole groups of 32 are made up by zeros.
     static void pack(Block& block, int tokens) {
         int whole = (tokens + 31) / 32 * 32;
-        for (int t = tokens; t < whole; t++) {
-            std::memset(block.keys[t], 0, sizeof(block.keys[t]));
-            std::memset(block.values[t], 0, sizeof(block.values[t]));
-        }
-        for (int t = 0; t < whole; t++) row(block.keys[t], block.k[t]);
-        for (int d = 0; d < DV; d += 16) for (int t = 0; t < whole; t += 16) {
+        std::memset(block.k + tokens, 0, (whole - tokens) * sizeof(block.k[0]));
+        std::memset(block.rows + tokens, 0, (whole - tokens) * sizeof(block.rows[0]));
+        for (int t = 0; t < whole; t += 32) for (int d = 0; d < DV; d += 16) {
             vf x[16];
-            for (int i = 0; i < 16; i++) x[i] = load(block.values[t + i] + d);
+            for (int i = 0; i < 16; i++) {
+                auto row = [&](int t) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(block.rows[t] + d))); };
+                x[i] = bits(either(row(t + 2 * i), shift_left(row(t + 2 * i + 1), 16)));
+            }
             transpose(x);
-            for (int i = 0; i < 16; i++)
-                _mm256_storeu_si256((__m256i*)(block.v[d + i] + t / 2), (__m256i)_mm512_cvtneps_pbh(x[i]));
+            for (int i = 0; i < 16; i++) store((float*)block.v[d + i] + t / 2, x[i]);
         }
     }
     static void pack(Query& query, float (*q)[DK]) {
