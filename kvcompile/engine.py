@@ -52,7 +52,8 @@ class Engine:
             cache.rollback()
             if fresh:
                 cache.reset()
-            layer = self.sites[ok.tolist().index(False)]
+            owners = [site for site in self.sites if site.owner is None]
+            layer = owners[ok.tolist().index(False)]
             limit = min(layer.store.limit(s, layer.dtype) for s in "kv")
             raise KVCompileError(f"K or V of layer {layer.layer} holds NaN or numbers above "
                                  f"{limit:g}; nothing of this call was stored")
