@@ -58,9 +58,9 @@ def missing(store: Store, dims: tuple[int, int], dtype: torch.dtype, attribute: 
 
 
 @cache
-def headers() -> str:
+def headers() -> tuple[str, ...]:
     """What every kernel's text starts with."""
-    return "\n".join(file.read_text() for file in FILES)
+    return tuple(file.read_text() for file in FILES)
 
 
 def statements(store: Store, shape: Shape, threads: int) -> str:

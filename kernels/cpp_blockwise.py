@@ -10,9 +10,9 @@ FILES = (*ONE_QUERY, FOLDER / "product.h", FOLDER / "blockwise.h")
 
 
 @cache
-def headers() -> str:
+def headers() -> tuple[str, ...]:
     """What every kernel's text starts with; `cpp_attend.config` follows."""
-    return "#include <memory>\n" + "\n".join(file.read_text() for file in FILES)
+    return tuple(file.read_text() for file in FILES)
 
 
 def statements(store: Store, shape: Shape, threads: int) -> str:

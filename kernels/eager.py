@@ -166,15 +166,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Ten
            ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention over what is stored and, causally, over this call's exact tokens.
 
-    Returns o [B, Hq, S, Dv]; the log-sum-exp of the logits [B, Hq, S] in fp32; and with `mass`
-    [B, H, Store.places + S] in fp32, else [B, H, 0]: what the token of each number gets of the
-    softmax weights, summed over the query heads of its kv head and over S; this call's tokens have
-    the numbers that they will be stored under. 0, -inf and 0 for padding.
+    Returns o [B, Hq, S, Dv], laid out token by token; the log-sum-exp of the logits [B, Hq, S] in
+    fp32; and with `mass` [B, H, Store.places + S] in fp32, else [B, H, 0]: what the token of each
+    number gets of the softmax weights, summed over the query heads of its kv head and over S; this
+    call's tokens have the numbers that they will be stored under. 0, -inf and 0 for padding.
     """
     parsed, (batch, heads_, tokens, _) = Store.parse(store), k.shape
     count, tiers = _tiers(parsed, planes, k, v, [slot])
     group = q.shape[1] // heads_
-    o = q.new_zeros(*q.shape[:-1], v.shape[-1])
+    o = q.new_zeros(batch, tokens, q.shape[1], v.shape[-1]).transpose(1, 2)
     lse = torch.full(q.shape[:-1], -torch.inf, device=q.device)
     dims = (k.shape[-1], v.shape[-1])
     sizes = [x.shape for x in planes]

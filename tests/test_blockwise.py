@@ -14,6 +14,7 @@ from kvcompile.kernels import cpp_blockwise
 from kvcompile.planes import Group
 from kvcompile.site import Site
 from kvcompile.store import Store
+from tests.support import optimized, prompt
 from tests.test_kernels import QUICK
 
 
@@ -120,6 +121,26 @@ def test_a_later_turn(name):
 @pytest.mark.parametrize("name", ["bf16", "kivi4", "kivi2-80"])
 def test_other_machines(name, monkeypatch):
     """The text for machines without AVX-512 gives the same."""
-    text = "#define KVC_PORTABLE\n" + cpp_blockwise.headers()
+    text = ("#define KVC_PORTABLE\n", *cpp_blockwise.headers())
     monkeypatch.setattr(cpp_blockwise, "headers", lambda: text)
     Prompt(**QUICK[name], tokens=70).check()
+
+
+@pytest.mark.parametrize("arch, recipe", [("gpt_oss", "kivi(bits=4)"), ("gemma2", "full")])
+def test_prompts_and_later_turns_of_a_model(arch, recipe):
+    """Compiled or not: the same logits for a padded batch and, on top of it, for several tokens."""
+    models = [optimized(arch, recipe, compile=c) for c in (True, False)]
+    ids, more = prompt(150, 2), prompt(9, 2, seed=1)
+    mask = torch.ones(2, 159, dtype=torch.long)
+    mask[0, :40] = 0
+    logits = []
+    for model in models:
+        with torch.no_grad():
+            first = model(input_ids=ids, attention_mask=mask[:, :150], use_cache=True)
+            later = model(input_ids=more, attention_mask=mask,
+                          past_key_values=first.past_key_values)
+        logits += [first.logits[0, 40:], first.logits[1], later.logits]
+    names = [str(key[0]) for key in models[0].kvcompile.engine.alone._compiled]
+    assert {"kvc.append.default", "kvc.attention.default", "kvc.attend.default"} <= set(names)
+    for got, want in zip(logits[:3], logits[3:], strict=True):
+        assert (got - want).abs().max() <= 1e-4 + 1e-4 * want.abs().max()

@@ -2,6 +2,7 @@
 //
 // A work unit is up to 8 query heads of a (row, kv head) and TB of the row's tokens: 32 queries
 // abreast in vectors, keys by blocks of 128, of which one is decoded at a time for all of them.
+#include <memory>
 namespace kvc {
 
 template <class C> struct Unit {  // queries in columns of 32: neighbouring tokens of one head

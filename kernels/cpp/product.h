@@ -4,11 +4,6 @@
 //
 // 16-bit models multiply pairs of bf16 (AMX tiles or AVX-512's dot products) where the CPU can, all
 // others fp32. Sums are fp32.
-#if KVC_AVX512 && defined(__AVX512BF16__)
-#define KVC_PAIRS 1
-#else
-#define KVC_PAIRS 0
-#endif
 #if KVC_PAIRS && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
 #define KVC_TILES 1
 #include <sys/syscall.h>

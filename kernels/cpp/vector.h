@@ -14,6 +14,11 @@
 #else
 #define KVC_INTEGER 0
 #endif
+#if KVC_AVX512 && defined(__AVX512BF16__) && !defined(KVC_NO_PAIRS)
+#define KVC_PAIRS 1  // dot products of bf16
+#else
+#define KVC_PAIRS 0
+#endif
 
 namespace kvc {
 

@@ -17,13 +17,13 @@ from kvcompile.backend.template import (
     to_dtype,
 )
 from kvcompile.ir import APPEND, ATTEND, ATTENTION, LINEAR, STORABLE
-from kvcompile.kernels import cpp_append, cpp_attend, cpp_blockwise, cpp_vector
+from kvcompile.kernels import cpp_append, cpp_attend, cpp_blockwise
 from kvcompile.kernels import linear as linears
 from kvcompile.kernels.dense import CPP
 from kvcompile.store import Store
 
 
-@lowering(LINEAR, linears, cpp_vector)
+@lowering(LINEAR, linears, *linears.FILES)
 def linear(x: Any, weights: list[Any], biases: list[Any], *, gate: str = "") -> Any:
     """One row of x against weights whose rows are contiguous."""
     *rows, _ = x.get_size()
@@ -35,8 +35,8 @@ def linear(x: Any, weights: list[Any], biases: list[Any], *, gate: str = "") -> 
         if bias is not None:
             inputs[f"bias{i}"] = contiguous(bias)
     total = sum(w.get_size()[0] for w in weights[: 1 if gate else None])
-    statements = linears.statements([b is not None for b in biases], gate)
-    return kernel([cpp_vector.TEXT, linears.TEXT], statements, inputs, [*rows, total],
+    statements = linears.statements(x.get_dtype(), [b is not None for b in biases], gate)
+    return kernel([*linears.headers()], statements, inputs, [*rows, total],
                   x.get_dtype())
 
 
@@ -66,7 +66,7 @@ def attend(q: Any, k: Any, v: Any, planes: list[Any], positions: Any, valid: Any
     if q.get_device().type != "cpu" or cpp_attend.unsupported(parsed, shape):
         return None
     inputs = _inputs(q, k, v, planes, valid, sinks, slot)
-    text = [cpp_attend.headers(), cpp_attend.config(parsed, shape, threads())]
+    text = [*cpp_attend.headers(), cpp_attend.config(parsed, shape, threads())]
     statements = cpp_attend.statements(parsed, shape, threads())
     size = [batch, heads, tokens, v.get_size()[3]]
     if not mass:
@@ -85,7 +85,7 @@ def _many(shape: cpp_attend.Shape, q: Any, k: Any, v: Any, planes: list[Any], va
     if q.get_device().type != "cpu" or cpp_attend.unsupported(store, shape):
         return None
     batch, heads, tokens, _ = q.get_size()
-    o = kernel([cpp_blockwise.headers(), cpp_attend.config(store, shape, threads())],
+    o = kernel([*cpp_blockwise.headers(), cpp_attend.config(store, shape, threads())],
                cpp_blockwise.statements(store, shape, threads()),
                _inputs(q, k, v, planes, valid, sinks, slot),
                [batch, tokens, heads, v.get_size()[3]], q.get_dtype())
@@ -126,7 +126,7 @@ def append(planes: list[Any], k: list[Any], v: list[Any], positions: Any, valid:
     inputs |= {f"k{i}": last_contiguous(x) for i, x in enumerate(k)}
     inputs |= {f"v{i}": last_contiguous(x) for i, x in enumerate(v)}
     inputs["valid"] = contiguous(valid)
-    kernel([cpp_append.headers(), cpp_append.functions(parsed, dims, dtype)],
+    kernel([*cpp_append.headers(), cpp_append.functions(parsed, dims, dtype)],
            cpp_append.statements(parsed, dims, dtype, int(heads), slots, threads()), inputs, [1],
            torch.uint8, [f"plane{i}" for i in range(len(planes))])
     return ()
@@ -142,7 +142,7 @@ def storable(k: list[Any], v: list[Any], k_limits: list[float], v_limits: list[f
     dtypes = {x.get_dtype() for x in (*k, *v)}
     if not dtypes <= CPP.keys():
         return None
-    return kernel([cpp_append.headers()], cpp_append.check([x.get_dtype() for x in k], k_limits,
+    return kernel([*cpp_append.headers()], cpp_append.check([x.get_dtype() for x in k], k_limits,
                                                          v_limits), inputs, [len(k)], torch.bool)
 
 
