@@ -22,7 +22,8 @@ def statements(store: Store, shape: Shape, threads: int) -> str:
     lines = [f"using Config = kvc::{name(store, shape, threads)};", "Config::Tiers tiers;"]
     if shape.stored:
         count = f"plane0 + {start}"
-        lines += tiers(store, shape.dims, shape.dtype, "tiers.", start)
+        lines += tiers(store, shape.dims, shape.dtype, "tiers.", start,
+                       "member[0]" if store.members > 1 else "")
     lines += [f"const auto* {x}_ = (const Config::T*){x};" for x in "qkv"]
     lines += [f"auto* out_ = ({number(shape.dtype)}*)out;",
               f"kvc::blockwise<Config>(tiers, {count}, valid, "

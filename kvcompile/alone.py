@@ -54,16 +54,18 @@ class Alone:
                                                                                 dtype):
             APPEND(planes, k, v, positions, valid, store=store, slots=slots)
             return
-        for slot, keys, values in zip(slots, k, v, strict=True):
+        each = parsed.members
+
+        def call(graph: Graph, planes: list, *given: Any) -> Any:
+            graph.call_function(APPEND, (planes, [*given[:each]], [*given[each : 2 * each]],
+                                         *given[-2:]), {"store": store, "slots": [0]})
+            return given[-1]
+
+        for i, slot in enumerate(slots):
             own = _of_layer(parsed, dims, dtype, planes, slot)
-            given = [_laid(keys), _laid(values), positions, valid.contiguous()]
-
-            def call(graph: Graph, planes: list, k: Any, v: Any, positions: Any, valid: Any) -> Any:
-                graph.call_function(APPEND, (planes, [k], [v], positions, valid),
-                                    {"store": store, "slots": [0]})
-                return valid
-
-            self._run((APPEND, store, keys.shape[1]), call, own, given)
+            tokens = [_laid(x) for y in (k, v) for x in y[i * each : (i + 1) * each]]
+            self._run((APPEND, store, k[0].shape[1]), call, own,
+                      [*tokens, positions, valid.contiguous()])
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor,
                   sinks: Tensor | None, *, store: str = "store", layer: int = 0, **options: Any

@@ -47,13 +47,13 @@ def attention(q: Any, k: Any, v: Any, positions: Any, valid: Any, sinks: Any, *,
     if not Store.parse(store).exact:
         return None
     shape = _shape(q, k, v, scale, window, softcap, sinks)._replace(stored=False)
-    return _many(shape, q, k, v, [], valid, sinks, Store.parse(store), 0)
+    return _many(shape, q, k, v, [], valid, sinks, Store.parse(store))
 
 
 @lowering(ATTEND, cpp_attend, cpp_blockwise, *cpp_blockwise.FILES)
 def attend(q: Any, k: Any, v: Any, planes: list[Any], positions: Any, valid: Any, sinks: Any, *,
            scale: float, window: int = 0, softcap: float = 0.0, store: str, slot: int = 0,
-           layer: int = 0, mass: bool = False) -> Any:
+           layer: int = 0, mass: bool = False, member: int = 0) -> Any:
     """Over what is stored, where the log-sum-exp is not asked for, and mass of one query only."""
     batch, heads, tokens, _ = q.get_size()
     if _used(1):
@@ -61,11 +61,11 @@ def attend(q: Any, k: Any, v: Any, planes: list[Any], positions: Any, valid: Any
     parsed = Store.parse(store)
     shape = _shape(q, k, v, scale, window, softcap, sinks)._replace(mass=mass)
     if not _equal(tokens, 1):
-        o = None if mass else _many(shape, q, k, v, planes, valid, sinks, parsed, slot)
+        o = None if mass else _many(shape, q, k, v, planes, valid, sinks, parsed, slot, member)
         return o and (o, o, o)
     if q.get_device().type != "cpu" or cpp_attend.unsupported(parsed, shape):
         return None
-    inputs = _inputs(q, k, v, planes, valid, sinks, slot)
+    inputs = _inputs(q, k, v, planes, valid, sinks, parsed, slot, member)
     text = [*cpp_attend.headers(), cpp_attend.config(parsed, shape, threads())]
     statements = cpp_attend.statements(parsed, shape, threads())
     size = [batch, heads, tokens, v.get_size()[3]]
@@ -80,14 +80,14 @@ def attend(q: Any, k: Any, v: Any, planes: list[Any], positions: Any, valid: Any
 
 
 def _many(shape: cpp_attend.Shape, q: Any, k: Any, v: Any, planes: list[Any], valid: Any,
-          sinks: Any, store: Store, slot: int) -> Any:
+          sinks: Any, store: Store, slot: int = 0, member: int = 0) -> Any:
     """Attention of many queries, laid out token by token; None where there is no kernel."""
     if q.get_device().type != "cpu" or cpp_attend.unsupported(store, shape):
         return None
     batch, heads, tokens, _ = q.get_size()
     o = kernel([*cpp_blockwise.headers(), cpp_attend.config(store, shape, threads())],
                cpp_blockwise.statements(store, shape, threads()),
-               _inputs(q, k, v, planes, valid, sinks, slot),
+               _inputs(q, k, v, planes, valid, sinks, store, slot, member),
                [batch, tokens, heads, v.get_size()[3]], q.get_dtype())
     return permute(o, [0, 2, 1, 3])
 
@@ -99,12 +99,14 @@ def _shape(q: Any, k: Any, v: Any, scale: float, window: int, softcap: float, si
                             window, softcap, sinks is not None)
 
 
-def _inputs(q: Any, k: Any, v: Any, planes: list[Any], valid: Any, sinks: Any, slot: int
-            ) -> dict[str, Any]:
+def _inputs(q: Any, k: Any, v: Any, planes: list[Any], valid: Any, sinks: Any, store: Store,
+            slot: int, member: int) -> dict[str, Any]:
     inputs = {"q": last_contiguous(q), "k": last_contiguous(k), "v": last_contiguous(v),
               "valid": contiguous(valid)}
     if planes:
         inputs["slot"] = constant(slot)
+    if store.members > 1:
+        inputs["member"] = constant(member)
     inputs |= {f"plane{i}": plane for i, plane in enumerate(planes)}
     if sinks is not None:
         inputs["sinks"] = to_dtype(contiguous(sinks), torch.float32)
