@@ -23,6 +23,8 @@ class Hadamard(Wrapper):
 
     of: Term = Term("int")
     name: ClassVar[str] = "hadamard"
+    examples: ClassVar[tuple[str, ...]] = ("hadamard(of=int(bits=4))",
+        "hadamard(of=int(bits=2, axis=channel))")
 
     def own(self, dim: int) -> Planes:
         if dim % 2:
