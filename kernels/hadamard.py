@@ -25,6 +25,7 @@ class Hadamard(Wrapper):
     name: ClassVar[str] = "hadamard"
     examples: ClassVar[tuple[str, ...]] = ("hadamard(of=int(bits=4))",
         "hadamard(of=int(bits=2, axis=channel))")
+    turned: ClassVar[bool] = True
 
     def own(self, dim: int) -> Planes:
         if dim % 2:

@@ -59,10 +59,13 @@ def drawn_term(method: Method, data: Any, layers: int = 0) -> Term:
     return term
 
 
-def drawn(method: Method, data: Any) -> Store:
-    """The store of one layer under the method with parameters of some kind."""
+def drawn(method: Method, data: Any, members: bool = True) -> Store:
+    """The store of a layer under the method with some parameters; of layers stored together too,
+    with `members`."""
     recipe = str(drawn_term(method, data))
-    stores = dict.fromkeys(s.store for s in sites_of(recipe) if s.owner is None)
+    stores = dict.fromkeys(s.store for s in sites_of(recipe)
+                           if s.owner is None and (members or s.store.members == 1))
+    assume(stores)
     return data.draw(st.sampled_from(list(stores)))
 
 
@@ -78,7 +81,8 @@ class Layer:
     def append(self, k: Tensor, v: Tensor, valid: Tensor) -> None:
         self.counts = [n + int(m) for n, m in zip(self.counts, valid.sum(1), strict=True)]
         self.group.reserve(self.counts)
-        APPEND(self.group.planes, [k], [v], _positions(valid), valid, store=str(self.store),
+        both = [[x.roll(i, -1) for i in range(self.store.members)] for x in (k, v)]
+        APPEND(self.group.planes, *both, _positions(valid), valid, store=str(self.store),
                slots=[0])
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
@@ -165,7 +169,7 @@ def a_batch_is_its_rows(method: Method, data: Any) -> None:
 @law("method", cost=10)
 def decoding_is_the_stateless_form(method: Method, data: Any) -> None:
     """Steps on a filled cache give what kvc.attention with the store says, query by query."""
-    store, tokens = drawn(method, data), data.draw(st.sampled_from(EDGES[8:]))
+    store, tokens = drawn(method, data, members=False), data.draw(st.sampled_from(EDGES[8:]))
     q, k, v = qkv(data, 1, tokens)
     valid, start = torch.ones(1, tokens, dtype=torch.bool), max(0, tokens - 5)
     want = ATTENTION(q, k, v, _positions(valid), valid, None, scale=DIM**-0.5, store=str(store))
