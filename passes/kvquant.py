@@ -38,8 +38,8 @@ def _calibrate(p: Mapping[str, Any], samples: Samples) -> Axes:
     tables: dict[str, list[tuple[float, ...]]] = {"k": [], "v": []}
     tokens = samples.ids.shape[1]
     if tokens < p["sinks"] + 32:
-        raise RecipeError(f"kvquant(sinks={p['sinks']}): calibration texts of {tokens} tokens leave "
-                          f"too few after the sinks; give at least {p['sinks'] + 32}")
+        raise RecipeError(f"kvquant(sinks={p['sinks']}): calibration texts of {tokens} tokens "
+                          f"leave too few after the sinks; give at least {p['sinks'] + 32}")
     for sample, gradients in zip(samples.attention, samples.gradients, strict=True):
         for side, x, g in zip("kv", (sample.k, sample.v), gradients, strict=True):
             x, g = (t[..., p["sinks"]:, :].float() for t in (x, g))

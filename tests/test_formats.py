@@ -1,21 +1,10 @@
-"""The laws of storage formats, for every one that is registered; texts, errors, known numbers."""
+"""Storage formats: published numbers and errors; their laws are in test_registered.py."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from kvcompile.errors import RecipeError
 from kvcompile.format import format_of
 from kvcompile.recipe import parse_term
-from kvcompile.testing import pairs
-
-
-@pytest.mark.parametrize("one, thing", [
-    pytest.param(one, thing, id=f"{name}-{one.name}")
-    for one, name, thing in pairs() if one.kind == "format"])
-@given(data=st.data())
-def test_laws(one, thing, data):
-    one.check(thing, data)
 
 
 def test_nf4_is_the_published_codebook():

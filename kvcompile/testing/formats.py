@@ -20,7 +20,8 @@ def drawn(cls: Any, data: Any, numbers: Any = None) -> tuple[Format, Any, Tensor
     fmt, side = data.draw(formats_of(cls)), data.draw(st.sampled_from(SIDES))
     found = dims(fmt, side)
     assume(found)
-    x = data.draw(numbers or features()).tensor(2, PAGE, data.draw(st.sampled_from(found)))
+    some = data.draw(features() if numbers is None else numbers)
+    x = some.tensor(2, PAGE, data.draw(st.sampled_from(found)))
     return fmt, side, x.clamp(-fmt.limit(x.dtype), fmt.limit(x.dtype))
 
 

@@ -73,13 +73,14 @@ def pairs() -> Iterator[tuple[Law, str, Any]]:
                             if one.applies(thing) and not exempt(thing, one.name))
 
 
-def check(one: Law, thing: Any, seed: int | None = None) -> None:
+def check(one: Law, thing: Any, seed: int | None = None, examples: int = 0) -> None:
     """Try a law on as many examples as hypothesis's profile says, less for costly ones.
 
     A failure carries the line that repeats it. The seed is 0 where the profile is derandomized.
     """
-    seed = seed if seed is not None else 0 if settings.default.derandomize else randrange(2**32)
-    examples = max(1, settings.default.max_examples // one.cost)
+    profile: Any = settings.default
+    seed = seed if seed is not None else 0 if profile.derandomize else randrange(2**32)
+    examples = examples or max(1, profile.max_examples // one.cost)
     phases = list(Phase)[: None if one.cost == 1 else 3]  # to shrink a costly example takes minutes
     mute = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 

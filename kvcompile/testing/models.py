@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from kvcompile.audit import audit
 from kvcompile.calibration import calibrated
-from kvcompile.calibration import calibrated
 from kvcompile.errors import RecipeError
 from kvcompile.ir import attention_nodes
 from kvcompile.method import Method

@@ -117,6 +117,7 @@ def qkv(data: Any, batch: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
 def every_token_is_in_one_tier(method: Method, data: Any) -> None:
     """Tiers hold the kept tokens, each once, in order; none outgrows its ring."""
     store = drawn(method, data)
+    assert Store.parse(str(store)) == store
     for n in {*EDGES, data.draw(st.integers(0, 2000))}:
         for side in SIDES:
             spans = store.spans(side, n)
@@ -157,12 +158,13 @@ def a_batch_is_its_rows(method: Method, data: Any) -> None:
     after, every = [x[:, :, -1:] for x in (q, k, v)], torch.ones(3, 1, dtype=torch.bool)
     batch = Layer(store, 3)
     batch.append(k, v, valid)
-    got = batch.attend(*after, every)
+    got = batch.attend(after[0], after[1], after[2], every)
     for row, keep in enumerate(valid):
         alone = Layer(store)
         if keep.any():
-            alone.append(*(x[row : row + 1, :, keep] for x in (k, v)), keep[None, keep])
-        assert torch.equal(got[row], alone.attend(*(x[row : row + 1] for x in after), every[:1])[0])
+            alone.append(k[row : row + 1, :, keep], v[row : row + 1, :, keep], keep[None, keep])
+        q1, k1, v1 = (x[row : row + 1] for x in after)
+        assert torch.equal(got[row], alone.attend(q1, k1, v1, every[:1])[0])
         assert all(torch.equal(batch.read(s, row), alone.read(s)) for s in SIDES)
 
 
