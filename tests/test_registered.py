@@ -22,7 +22,7 @@ def test_laws(one, thing):
 @given(data=st.data())
 @settings(max_examples=max(3, settings.default.max_examples // 5))
 def test_terms_commute(data):
-    """The order of terms means nothing: axes are independent, and passes have an order of theirs."""
+    """The order of terms means nothing: axes are independent, and passes have their own order."""
     recipe = data.draw(recipes(LAYERS))
     try:
         found = sites_of(str(recipe))

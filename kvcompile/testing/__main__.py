@@ -18,8 +18,8 @@ def table() -> str:
             reasons = {x.name: exempt(x, one.name) for x in every if exempt(x, one.name)}
             lines.append(f"{kind:7} {len(every) - len(reasons):3}  {one.name}: {one.statement}")
             outs += [f"{name} {one.name}: {reason}" for name, reason in reasons.items()]
-    things = sum(map(len, registered().values()))
-    return "\n".join([*lines, "", f"{things} registered things, {len(LAWS)} laws, "
+    known = sum(map(len, registered().values()))
+    return "\n".join([*lines, "", f"{known} registered things, {len(LAWS)} laws, "
                       f"{len(list(pairs()))} pairs, {len(outs)} opt-outs", *outs])
 
 
