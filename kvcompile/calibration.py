@@ -139,9 +139,10 @@ def uncalibrated(recipe: Recipe) -> bool:
     return any([find_method(t).uncalibrated(find_method(t).bind(t)) for t in recipe.terms])
 
 
-def calibrated(recipe: Recipe, program: Program, text: Text | None = None) -> Recipe:
-    """`recipe` with every parameter that calibration on `text` finds; of the model's own if None.
-    A recipe that lacks none is returned as it is, and nothing is run."""
+def calibrated(recipe: Recipe, program: Program, ids: Tensor | Text | None = None) -> Recipe:
+    """`recipe` with every parameter that calibration on `ids` finds; of the model's own text if
+    None. A recipe that lacks none is returned as it is, and nothing is run."""
+    text = ids if isinstance(ids, Text) else Text(program, None if ids is None else checked(ids))
     samples: Samples | None = None
     terms: list[Term] = []
     for term in recipe.terms:
@@ -149,7 +150,7 @@ def calibrated(recipe: Recipe, program: Program, text: Text | None = None) -> Re
         bound = method.bind(term)
         if method.calibrate and method.uncalibrated(bound):
             gm = program.snapshots["capture"]
-            samples = samples or Samples(gm, (text or Text(program))())
+            samples = samples or Samples(gm, text())
             layers = claimed_layers(term, bound["layers"], len(samples.layers))
             found = method.calibrate(bound, samples.of(layers))
             new = {name: value for name, value in found.items() if bound[name] is None}
