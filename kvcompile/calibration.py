@@ -67,6 +67,7 @@ class Samples:
     def hidden(self, recipe: str | Recipe) -> Tensor:
         """The last hidden states [N, T, hidden], which the logits' linear is given, by `recipe`."""
         gm = copy_graph(self.gm)
+        gm.meta["text"] = lambda: self.ids
         run_passes(passes(), gm, plan(recipe, len(attention_nodes(gm.graph))))
         output = gm.graph.output_node()
         head = output.all_input_nodes[0]

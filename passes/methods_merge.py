@@ -6,7 +6,8 @@ from typing import Any
 import networkx
 from torch import Tensor
 
-from kvcompile.calibration import Samples
+from kvcompile.alignment import Rotary, align
+from kvcompile.calibration import Sample, Samples
 from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE
 from kvcompile.method import Axes, Method, Param
@@ -24,7 +25,8 @@ def _minicache(p: Mapping[str, Any]) -> list[Axes]:
     if missing := sorted(set(other) - set(layers)):
         raise RecipeError(f"pairs={pairs}: layer {missing[0]} is not among those claimed")
     options = {"merge.t": p["t"], "merge.kept": round(p["retained"] * PAGE)}
-    return [{"merge": other[i], **options} if i in other else {} for i in layers]
+    return [{} if i not in other else {"merge": other[i], **options, **(
+                {"align": other[i]} if p["align"] and other[i] < i else {})} for i in layers]
 
 
 def free(layers: Sequence[int], start: float) -> Sequence[int]:
@@ -53,8 +55,21 @@ def matched(layers: Sequence[int], alike: Tensor) -> tuple[tuple[int, int], ...]
 def _calibrate(p: Mapping[str, Any], samples: Samples) -> Axes:
     layers = free(samples.layers, p["start"])
     seen = samples.of(layers).attention
-    alike = sum((similarity(seen, side) for side in "kv"), start=0 * similarity(seen, "k"))
-    return {"pairs": matched(layers, alike)}
+    alike = similarity(seen, "k") + similarity(seen, "v")
+    return {"pairs": matched(layers, alike if not p["align"] else aligned(seen, alike))}
+
+
+def aligned(samples: Sequence[Sample], alike: Tensor) -> Tensor:
+    """`alike` of layers whose V is turned towards each other's, heads matched; K as it is."""
+    k, v = ([x.transpose(0, 1).flatten(1, 2) for x in side] for side in
+            ([s.k for s in samples], [s.v for s in samples]))
+    out = alike.clone()
+    for i in range(len(samples)):
+        for j in range(i):
+            if not alike[i, j].isnan():
+                out[i, j] = out[j, i] = sum(align(
+                    (k[i], k[j]), (v[i], v[j]), Rotary(0, "half")).cosine[1])
+    return out
 
 
 METHODS = (Method(
@@ -71,6 +86,8 @@ METHODS = (Method(
               "vectors differ most in angle, that stay unmerged"),
         Param("pairs", (), calibrated=True, help="pairs of layers to merge; neighbours unless "
               "given or calibrated, which matches layers by the cosines of their K and V"),
+        Param("align", False, help="first give the later layer of a pair the basis of the earlier "
+              "one, as far as heads can be turned without a change to what it computes"),
     ),
     axes=_minicache,
     calibrate=_calibrate,

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -17,9 +18,10 @@ from kvcompile.recipe import Recipe, Term
 log = logging.getLogger(__name__)
 
 
-def _axes(layers: Sequence[int], owners: Sequence[int]) -> list[Axes]:
+def _axes(layers: Sequence[int], owners: Sequence[int], align: bool) -> list[Axes]:
     """`owners[i]` stores for layer `layers[i]`."""
-    return [{} if i == owner else {"owner": owner} for i, owner in zip(layers, owners, strict=True)]
+    return [{} if i == owner else {"owner": owner, **({"align": owner} if align else {})}
+            for i, owner in zip(layers, owners, strict=True)]
 
 
 def _by_place(first: Callable[[int, int, Mapping[str, Any]], int]
@@ -27,7 +29,8 @@ def _by_place(first: Callable[[int, int, Mapping[str, Any]], int]
     """The i-th of n claimed layers attends to what the `first(i, n, parameters)`-th stores."""
     def axes(p: Mapping[str, Any]) -> list[Axes]:
         layers = p["layers"]
-        return _axes(layers, [layers[first(i, len(layers), p)] for i in range(len(layers))])
+        return _axes(layers, [layers[first(i, len(layers), p)] for i in range(len(layers))],
+                     p["align"])
     return axes
 
 
@@ -37,7 +40,7 @@ def _map(p: Mapping[str, Any]) -> list[Axes]:
     if len(owners) != len(layers):
         raise RecipeError(f"{Term('map', (('map', owners),))}: names the owners of {len(owners)} "
                           f"layers, but {len(layers)} are claimed")
-    return _axes(layers, owners)
+    return _axes(layers, owners, p["align"])
 
 
 def _calibrate(p: Mapping[str, Any], samples: Samples) -> Axes:
@@ -53,12 +56,12 @@ def _calibrate(p: Mapping[str, Any], samples: Samples) -> Axes:
     kinds = [(s.window, *s.k.shape, *s.v.shape) for s in seen]
     fit = [(i, j) for i, j in combinations(range(len(layers)), 2) if kinds[i] == kinds[j]]
     pairs = sorted(fit, key=lambda pair: -float((means[pair[0]] - means[pair[1]]).norm()))
-    exact, owner = samples.hidden("full"), dict[int, int]()
+    exact, owner, recipe = samples.hidden("full"), dict[int, int](), partial(_recipe, p["align"])
     for first, later in pairs:
         if later in owner or later in owner.values() or first in owner:
             continue
         trial = {**owner, later: first}
-        if _alike(samples.hidden(_recipe(layers, trial)), exact) > p["threshold"]:
+        if _alike(samples.hidden(recipe(layers, trial)), exact) > p["threshold"]:
             owner = trial
         if len(owner) == wanted:
             break
@@ -68,9 +71,10 @@ def _calibrate(p: Mapping[str, Any], samples: Samples) -> Axes:
     return {"map": _owners(layers, owner)}
 
 
-def _recipe(layers: Sequence[int], owner: Mapping[int, int]) -> Recipe:
+def _recipe(align: bool, layers: Sequence[int], owner: Mapping[int, int]) -> Recipe:
     """share(...) by which layer i of `layers` attends to what layer owner[i] of them stores."""
-    return Recipe((Term("share", (("layers", tuple(layers)), ("map", _owners(layers, owner)))),))
+    return Recipe((Term("share", (("layers", tuple(layers)), ("map", _owners(layers, owner)),
+                                  ("align", align))),))
 
 
 def _owners(layers: Sequence[int], owner: Mapping[int, int]) -> tuple[int, ...]:
@@ -82,6 +86,8 @@ def _alike(a: Tensor, b: Tensor) -> float:
     return float(cosine_similarity(a.float(), b.float(), dim=-1).mean())
 
 
+ALIGN = Param("align", False, help="first give each layer its owner's basis, as far as its heads "
+              "can be turned without a change to what it computes; needs a text")
 MAP = "number of the layer whose K and V it attends to, for each claimed layer"
 
 METHODS = (
@@ -90,7 +96,7 @@ METHODS = (
         title="K and V of earlier layers, by hand",
         paper="arXiv:2405.12981",
         family="sharing",
-        params=(Param("map", (), help=f"{MAP}; its own number: its own"),),
+        params=(Param("map", (), help=f"{MAP}; its own number: its own"), ALIGN),
         axes=_map,
         note="any map of layers to owners that come earlier; without one nothing is shared",
     ),
@@ -100,7 +106,7 @@ METHODS = (
         paper="arXiv:2405.12981",
         family="sharing",
         params=(Param("factor", 2, minimum=1, help="neighbouring layers that attend to the K and "
-                      "V of the first of them"),),
+                      "V of the first of them"), ALIGN),
         axes=_by_place(lambda i, n, p: i // p["factor"] * p["factor"]),
         note="CLA2 by default. For models that were trained so; others lose much",
     ),
@@ -109,7 +115,7 @@ METHODS = (
         title="YOCO's map",
         paper="arXiv:2405.05254",
         family="sharing",
-        params=(),
+        params=(ALIGN,),
         axes=_by_place(lambda i, n, p: min(i, n // 2)),
         note="the second half of the layers attends to what its first layer stores. For models "
         "that were trained so; the paper's first half also has a window of its own",
@@ -120,7 +126,7 @@ METHODS = (
         paper="arXiv:2406.09297",
         family="sharing",
         params=(Param("owners", 2, minimum=1, help="layers that store K and V: the first of as "
-                      "many equal runs"),),
+                      "many equal runs"), ALIGN),
         axes=_by_place(lambda i, n, p: min(j for j in range(n)
                                            if j * p["owners"] // n == i * p["owners"] // n)),
         note="for models that were trained so; others lose much",
@@ -136,6 +142,7 @@ METHODS = (
             Param("threshold", 0.5, minimum=-1, maximum=1, help="least cosine of the last hidden "
                   "states with those of the whole model"),
             Param("map", None, calibrated=True, help=MAP),
+            ALIGN,
         ),
         axes=_map,
         calibrate=_calibrate,
