@@ -46,7 +46,7 @@ def statements(store: Store, dims: tuple[int, int], dtype: torch.dtype, heads: i
     """The kernel's statements: k0, v0, .. of the layers `slots`, valid [B, S] and plane0.. (the
     count first, all written). Tokens of a head are stored one after another; heads, and K and V,
     at the same time."""
-    number, pointer = len(slots), f"const {_cpp(dtype)}*"
+    number, pointer, per = len(slots), f"const {_cpp(dtype)}*", len(store.sides)
     name = f"kvc::{_name(store, dims, dtype)}::"
     lines = [f"const int64_t batch = valid_size[0], tokens = valid_size[1], heads = {heads};",
              f"const int64_t slots[] = {{{', '.join(map(str, slots))}}};"]
@@ -57,17 +57,17 @@ def statements(store: Store, dims: tuple[int, int], dtype: torch.dtype, heads: i
             strides = ", ".join(f"{side}{i}_stride[{d}]" for i in range(number))
             lines.append(f"const int64_t {side}_{what}[] = {{{strides}}};")
     lines += [f"#pragma omp parallel for num_threads({threads})",
-              f"for (int64_t i = 0; i < 2 * {number} * batch * heads; i++) {{",
-              "  const int64_t layer = i / 2 / (batch * heads), b = i / 2 / heads % batch,",
-              "      h = i / 2 % heads, place = (slots[layer] * batch + b) * heads + h;",
+              f"for (int64_t i = 0; i < {per} * {number} * batch * heads; i++) {{",
+              f"  const int64_t layer = i / {per} / (batch * heads), b = i / {per} / heads % batch,",
+              f"      h = i / {per} % heads, place = (slots[layer] * batch + b) * heads + h;",
               "  kvc::Tier " + ", ".join(f"{s}_{t}{{}}" for s in SIDES for t in TIERS) + ";"]
     lines += ["  " + line for line in tiers(store, dims, dtype, "", "place")]
     lines += ["  int64_t count = plane0[place];", "  for (int64_t t = 0; t < tokens; t++) {",
               "    if (!valid[b * tokens + t]) continue;"]
-    for side, dim in zip(SIDES, dims, strict=True):
+    for side, dim in zip(store.sides, dims, strict=False):
         up = side.upper()
         lines.append(
-            f"    {'if (i % 2 == 0)' if side == 'k' else 'else'} kvc::append_one<{name}{up}Queue, "
+            f"    {'else' if side == 'v' else f'if (i % {per} == 0)'} kvc::append_one<{name}{up}Queue, "
             f"{name}{up}Sinks, {name}{up}Body, {name}{up}Recent, {dim}>({side}_sinks, {side}_body, "
             f"{side}_recent, count, {side}_at[layer] + b * {side}_row[layer] + h * "
             f"{side}_head[layer] + t * {side}_token[layer]);")

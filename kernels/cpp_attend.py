@@ -3,7 +3,7 @@
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,9 +13,11 @@ from kvcompile.kernels.dense import CPP
 from kvcompile.store import SIDES, Store
 
 FOLDER = Path(__file__).parent / "cpp"
-READERS = tuple(FOLDER / name for name in ("vector.h", "coded.h", "dense.h", "wrapper.h", "tier.h"))
+READERS = tuple(FOLDER / name for name in ("vector.h", "coded.h", "dense.h", "latent.h", "wrapper.h",
+                                         "tier.h"))
 FILES = (*READERS, FOLDER / "attend.h")
 TIERS = ("sinks", "body", "recent")
+MOST = 1024  # channels of a head
 
 
 class Shape(NamedTuple):
@@ -34,7 +36,12 @@ class Shape(NamedTuple):
 
 def unsupported(store: Store, shape: Shape) -> str | None:
     """Why no kernel can be printed; None if one can."""
-    return missing(store, shape.dims, shape.dtype, "cpp", "reader")
+    why = missing(store, shape.dims, shape.dtype, "cpp", "reader")
+    for tier in store.tiers("k") if store.v_in_k and not why else ():
+        fmt = store.format("k", tier)
+        if not hasattr(fmt, "cpp_in_k"):
+            return f"format {fmt.name} has no C++ reader of V inside of K"
+    return why
 
 
 def missing(store: Store, dims: tuple[int, int], dtype: torch.dtype, attribute: str, what: str
@@ -43,8 +50,8 @@ def missing(store: Store, dims: tuple[int, int], dtype: torch.dtype, attribute: 
     if dtype not in CPP:
         return f"no kernel for {str(dtype).removeprefix('torch.')}"
     for side, dim in zip(SIDES, dims, strict=True):
-        if dim % 16 or dim > 512:
-            return f"head dimension {dim} is not a multiple of 16 up to 512"
+        if dim % 16 or dim > MOST:
+            return f"head dimension {dim} is not a multiple of 16 up to {MOST}"
         for tier in store.tiers(side):
             fmt = store.format(side, tier)
             if not hasattr(fmt, attribute):
@@ -74,7 +81,8 @@ def statements(store: Store, shape: Shape, threads: int) -> str:
     lines = ["const int64_t batch = q_size[0];", f"using Config = kvc::{name};",
              "Config::Tiers tiers;",
              *tiers(store, shape.dims, shape.dtype, "tiers.",
-                    "slot[0] * batch * Config::H")]
+                    "slot[0] * batch * Config::H"),
+             *(f"tiers.v_{t} = tiers.k_{t};" for t in store.tiers("k") if store.v_in_k)]
     lines += [f"const auto* q_ = ({pointer})q;", f"const auto* k_ = ({pointer})k;",
               f"const auto* v_ = ({pointer})v;", f"auto* out_ = (std::remove_const_t<"
               f"std::remove_pointer_t<{pointer}>>*)out;",
@@ -109,14 +117,17 @@ def config(store: Store, shape: Shape, threads: int) -> str:
         lines.append(f"static constexpr long {up}_BLOCK = {how.block}, {up}_LAG = {how.lag};")
         for tier in TIERS:
             name = tier.capitalize()
-            if tier not in store.tiers(side):
+            held = "k" if store.v_in_k else side
+            if tier not in store.tiers(held):
                 lines.append(f"using {up}{name} = kvc::None;")
                 continue
-            reader = store.format(side, tier).cpp(dim, shape.dtype, side)  # type: ignore[attr-defined]
+            fmt: Any = store.format(held, tier)
+            reader = fmt.cpp(dim, shape.dtype, side) if side == held else fmt.cpp_in_k(
+                shape.dims[0], dim, shape.dtype)
             lines.append(f"using {up}{name} = {reader};")
             members.append(f"{side}_{tier}")
             if tier != "sinks":
-                ring = store.ring(side, tier)
+                ring = store.ring(held, tier)
                 lines.append(f"static constexpr long {up}_{tier.upper()}_RING = "
                              f"{0 if ring is None else ring // PAGE};")
     lines.append(f"struct Tiers {{ kvc::Tier {', '.join(members)}; }};")

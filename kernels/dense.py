@@ -50,6 +50,10 @@ class Dense:
         """The C++ type that reads the plane (`kernels/cpp/dense.h`)."""
         return f"Dense{side.upper()}<{dim}, {CPP[DTYPES.get(self.dtype, dtype)]}>"
 
+    def cpp_in_k(self, dim: int, values: int, dtype: torch.dtype) -> str:
+        """The C++ type that reads V, the first `values` channels of K (`kernels/cpp/latent.h`)."""
+        return f"DenseInK<{values}, {dim}, {CPP[DTYPES.get(self.dtype, dtype)]}>"
+
     def cpp_writer(self, dim: int, dtype: torch.dtype, side: Side) -> str:
         """The C++ type that writes the plane (`kernels/cpp/append.h`)."""
         return f"DenseWriter<{dim}, {CPP[DTYPES.get(self.dtype, dtype)]}>"

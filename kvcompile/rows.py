@@ -14,7 +14,7 @@ from kvcompile.recipe import Recipe
 from kvcompile.registry import module
 from kvcompile.rewrite import Outcome, Pass, Refused, Rewritten, copy_graph, passes, run_passes
 from kvcompile.site import Site
-from kvcompile.store import SIDES, Store
+from kvcompile.store import Store
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,16 @@ def fused(site: Site) -> dict[str, str]:
 def storage(store: Store) -> str:
     """A store in short: a line for K and one for V (one if alike), and one for what is kept."""
     lines = []
-    for side in map(store.side, SIDES):
+    for side in map(store.side, store.sides):
         block = f", {side.block} at a time" if side.block > side.format.step else ""
         lag = f", last {side.lag} exact" if side.lag else ""
         lines.append(f"{term_of(side.format)}{block}{lag}")
-    lines = [f"K, V {lines[0]}"] if lines[0] == lines[1] else [f"K {lines[0]}", f"V {lines[1]}"]
+    if store.v_in_k:
+        lines = [f"K {lines[0]}, V is part of K"]
+    elif lines[0] == lines[1]:
+        lines = [f"K, V {lines[0]}"]
+    else:
+        lines = [f"K {lines[0]}", f"V {lines[1]}"]
     kept = [f"{word} {n}" for word, n in (("first", store.sinks), ("last", store.window)) if n]
     if kept:
         lines.append(f"{' and '.join(kept)} tokens" + ("" if store.window else " exact"))
@@ -84,7 +89,7 @@ def storage(store: Store) -> str:
 def bytes_per_token(site: Site) -> float:
     """Bytes of one token's K and V in the tier where tokens end up; pages are not rounded up."""
     total = 0.0
-    for side, dim in zip(SIDES, site.dims, strict=True):
+    for side, dim in zip(site.store.sides, site.dims, strict=False):
         tier = "body" if "body" in site.store.tiers(side) else "recent"
         fmt = site.store.format(side, tier)
         total += site.heads * step_bytes(fmt, dim, site.dtype, side) / fmt.step

@@ -25,7 +25,8 @@ class Site:
     @property
     def exact_bytes_per_token(self) -> int:
         """Bytes that one token's K and V take uncompressed."""
-        return self.heads * sum(self.dims) * self.dtype.itemsize
+        dims = self.dims[: len(self.store.sides)]
+        return self.heads * sum(dims) * self.dtype.itemsize
 
 
 def sites(graph: Graph) -> tuple[Site, ...]:
