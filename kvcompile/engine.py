@@ -42,6 +42,8 @@ class Engine:
         fresh = cache.get_seq_length() == 0
         planes = cache.begin(valid, positions)
         batch, tokens = valid.shape
+        if not fresh and any(site.rotated for site in self.sites):
+            planes.append(cache.positions_by_number().to(valid.device))
         if fresh:
             logits, ok = self._eager("prefill", embeds)(ids, positions, valid, keep, *planes)
         elif tokens == 1 and self.compile and embeds is None:
@@ -52,7 +54,8 @@ class Engine:
             cache.rollback()
             if fresh:
                 cache.reset()
-            layer = self.sites[ok.tolist().index(False)]
+            owners = [site for site in self.sites if site.owner is None]
+            layer = owners[ok.tolist().index(False)]
             limit = min(layer.store.limit(s, layer.dtype) for s in "kv")
             raise KVCompileError(f"K or V of layer {layer.layer} holds NaN or numbers above "
                                  f"{limit:g}; nothing of this call was stored")
@@ -105,6 +108,9 @@ class Engine:
                 else:
                     inputs.append(plane)
                     dynamic.append([d + 1 for d in rows])
+        if any(site.rotated for site in self.sites):
+            inputs.append(torch.zeros(batch, next(sizes), dtype=torch.long, device=device))
+            dynamic.append([*rows, 1])
         gm = copy_graph(self.program.phases["extend"])
         merge_linears(gm, inputs)
         return compile_graph(gm, inputs, dynamic)

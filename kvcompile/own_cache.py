@@ -97,6 +97,14 @@ class OwnCache(KVCache):
             self._ids = torch.nn.functional.pad(self._ids, (0, grown))
         self._valid[:, self._columns : end] = valid
         self._ids[:, self._columns : end] = positions
+        self._last = valid.shape[1]
+
+    def positions_by_number(self) -> Tensor:
+        """int64 [B, N]: the position ids of a call's tokens and of all before them, by number."""
+        end = self._columns + self._last
+        rows = [ids[:end][valid[:end]].long()
+                for ids, valid in zip(self._ids, self._valid, strict=True)]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def same_columns(self, mask: Tensor) -> bool:
         """Whether `mask` [B, columns] agrees with the padding that the cache was given."""

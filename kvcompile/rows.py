@@ -62,9 +62,15 @@ def fused(site: Site) -> dict[str, str]:
     attend, append = module("kernels", "cpp_attend"), module("kernels", "cpp_append")
     shape = attend.Shape(site.heads, site.q_heads // site.heads, site.dims, site.dtype, 1.0,
                          site.window)
-    found = {"attend": attend.unsupported(site.store, shape),
+    found = {"attend": "keys are rebuilt at read" if site.rebuilt else
+                       attend.unsupported(site.store, shape),
              "append": append.unsupported(site.store, site.dims, site.dtype)}
     return {op: reason for op, reason in found.items() if reason}
+
+
+def stored(site: Site) -> str:
+    """`storage` of a layer, or whose it reads."""
+    return storage(site.store) if site.owner is None else f"that of layer {site.owner}"
 
 
 def storage(store: Store) -> str:
@@ -89,6 +95,8 @@ def storage(store: Store) -> str:
 def bytes_per_token(site: Site) -> float:
     """Bytes of one token's K and V in the tier where tokens end up; pages are not rounded up."""
     total = 0.0
+    if site.owner is not None:
+        return total
     for side, dim in zip(site.store.sides, site.dims, strict=False):
         tier = "body" if "body" in site.store.tiers(side) else "recent"
         fmt = site.store.format(side, tier)
@@ -108,7 +116,7 @@ def _rewrites(program: Program, before: list[float]) -> Iterator[Row]:
             else:
                 told = ("rewritten", ", ".join(o.what for o in own if isinstance(o, Rewritten)), "")
             after = bytes_per_token(sites[layer])
-            yield Row(layer, name, *told, storage(sites[layer].store), before[layer], after,
+            yield Row(layer, name, *told, stored(sites[layer]), before[layer], after,
                       *kernel_of(last[layer]))
             before[layer] = after
 
@@ -131,7 +139,7 @@ def _idle(program: Program) -> Iterator[Row]:
             if claimed[site.layer] and now[site.layer] == without[site.layer]:
                 size = bytes_per_token(site)
                 yield Row(site.layer, "recipe", "warning", f"{term} changes nothing here", "",
-                          storage(site.store), size, size, *kernel_of(site))
+                          stored(site), size, size, *kernel_of(site))
 
 
 def _effects(program: Program, recipe: Recipe) -> list[list[str]]:
@@ -146,5 +154,5 @@ def _effects(program: Program, recipe: Recipe) -> list[list[str]]:
 
     run_passes(passes(), gm, plan(recipe, len(told)), note)
     for site in Program(program.name, gm, recipe).sites:
-        told[site.layer].append(str(site.store))
+        told[site.layer].append(stored(site))
     return told

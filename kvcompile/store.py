@@ -28,6 +28,8 @@ from kvcompile.recipe import Term, parse_term
 
 DENSE = Term("dense")
 SIDES: tuple[SideName, ...] = ("k", "v")
+AXES = (*(f"{axis}.{side}" for side in SIDES for axis in ("format", "block", "lag")), "sinks",
+        "window")  # what `Store.of` reads
 
 
 class Span(NamedTuple):

@@ -41,7 +41,7 @@ class Place:
 
     work: float = 24.0
     name: ClassVar[str] = "place"
-    order: ClassVar[int] = 40
+    order: ClassVar[int] = 45
     axes: ClassVar[tuple[str, ...]] = ("recompute",)
 
     def run(self, gm: GraphModule, plan: Sequence[LayerPlan]) -> list[Outcome]:

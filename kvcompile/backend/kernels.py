@@ -42,8 +42,11 @@ def linear(x: Any, weights: list[Any], biases: list[Any], *, gate: str = "") -> 
 @lowering(ATTEND, cpp_attend, *cpp_attend.FILES)
 def attend(q: Any, k: Any, v: Any, planes: list[Any], positions: Any, valid: Any, sinks: Any, *,
            scale: float, window: int = 0, softcap: float = 0.0, store: str, slot: int = 0,
-           layer: int = 0, mass: bool = False) -> Any:
+           layer: int = 0, mass: bool = False, basis: Any = None, offset: Any = None,
+           cos: Any = None, sin: Any = None, style: str = "") -> Any:
     """One query a row over what is stored, where the log-sum-exp is not asked for."""
+    if basis is not None or cos is not None:  # no kernel rebuilds keys
+        return None
     batch, heads, tokens, dim = q.get_size()
     kept = k.get_size()[1]
     if q.get_device().type != "cpu" or not _equal(tokens, 1) or _used(1):
