@@ -58,7 +58,7 @@ def statements(store: Store, dims: tuple[int, int], dtype: torch.dtype, heads: i
             lines.append(f"const int64_t {side}_{what}[] = {{{strides}}};")
     lines += [f"#pragma omp parallel for num_threads({threads})",
               f"for (int64_t i = 0; i < {per} * {number} * batch * heads; i++) {{",
-              f"  const int64_t layer = i / {per} / (batch * heads), b = i / {per} / heads % batch,",
+              f"  const int64_t layer = i / {per} / batch / heads, b = i / {per} / heads % batch,",
               f"      h = i / {per} % heads, place = (slots[layer] * batch + b) * heads + h;",
               "  kvc::Tier " + ", ".join(f"{s}_{t}{{}}" for s in SIDES for t in TIERS) + ";"]
     lines += ["  " + line for line in tiers(store, dims, dtype, "", "place")]
@@ -66,11 +66,12 @@ def statements(store: Store, dims: tuple[int, int], dtype: torch.dtype, heads: i
               "    if (!valid[b * tokens + t]) continue;"]
     for side, dim in zip(store.sides, dims, strict=False):
         up = side.upper()
+        mine = "else" if side == "v" else f"if (i % {per} == 0)"
         lines.append(
-            f"    {'else' if side == 'v' else f'if (i % {per} == 0)'} kvc::append_one<{name}{up}Queue, "
-            f"{name}{up}Sinks, {name}{up}Body, {name}{up}Recent, {dim}>({side}_sinks, {side}_body, "
-            f"{side}_recent, count, {side}_at[layer] + b * {side}_row[layer] + h * "
-            f"{side}_head[layer] + t * {side}_token[layer]);")
+            f"    {mine} kvc::append_one<{name}{up}Queue, {name}{up}Sinks, "
+            f"{name}{up}Body, {name}{up}Recent, {dim}>({side}_sinks, {side}_body, {side}_recent, "
+            f"count, {side}_at[layer] + b * {side}_row[layer] + h * {side}_head[layer] + "
+            f"t * {side}_token[layer]);")
     lines += ["    count++;", "  }", "}",
               f"for (int64_t i = 0; i < {number} * batch * heads; i++) {{",
               "  const int64_t b = i / heads % batch;", "  int64_t more = 0;",

@@ -13,8 +13,8 @@ from kvcompile.kernels.dense import CPP
 from kvcompile.store import SIDES, Store
 
 FOLDER = Path(__file__).parent / "cpp"
-READERS = tuple(FOLDER / name for name in ("vector.h", "coded.h", "dense.h", "latent.h", "wrapper.h",
-                                         "tier.h"))
+READERS = tuple(FOLDER / f"{name}.h"
+                for name in ("vector", "coded", "dense", "latent", "wrapper", "tier"))
 FILES = (*READERS, FOLDER / "attend.h")
 TIERS = ("sinks", "body", "recent")
 MOST = 1024  # channels of a head
@@ -70,7 +70,7 @@ def headers() -> str:
 
 
 def statements(store: Store, shape: Shape, threads: int) -> str:
-    """The kernel's statements: q, k, v, valid, sinks, plane0.. (the count first), slot -> out, mass.
+    """The kernel's statements: q, k, v, valid, sinks, plane0.. (count first), slot -> out, mass.
 
     Planes hold all layers of a group; `slot` points to the layer's number. `<name>_size` and
     `_stride` are the sizes and strides of a tensor.

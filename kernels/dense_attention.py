@@ -67,7 +67,8 @@ def mass(q: Tensor, k: Tensor, lse: Tensor, scale: float, window: int, softcap: 
 def causal(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float,
            sinks: Tensor | None) -> Tensor:
     """o [B, Hq, S, Dv] for S queries that are all the tokens there are; torch's SDPA if it can."""
-    plain, values = not softcap and sinks is None and (not window or window >= k.shape[2]), v.shape[-1]
+    plain = not softcap and sinks is None and (not window or window >= k.shape[2])
+    values = v.shape[-1]
     if plain:
         q, k, v = (_wide(x, max(q.shape[-1], values)) for x in (q, k, v))
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))

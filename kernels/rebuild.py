@@ -54,7 +54,7 @@ class Rebuild(NamedTuple):
                              offset=None if self.offset is None else self.offset[own])
 
     def keys(self, x: Tensor) -> Tensor:
-        """x [..., G, N, r], as stored -> K [..., H, N, D]; neighbouring heads share a stored one."""
+        """x [..., G, N, r], as stored -> K [..., H, N, D]; neighbours share a stored head."""
         if self.basis is not None:
             basis = self.basis.unflatten(0, (x.shape[-3], -1)).transpose(-1, -2)
             x = torch.matmul(x.unsqueeze(-3), basis).flatten(-4, -3)

@@ -98,7 +98,7 @@ def _order(node: Node) -> list[int]:
 
 
 def per_token(node: Node) -> bool:
-    """Whether `node` is a tensor of as many tokens as the call, batch and length apart or in one."""
+    """Whether `node` is a tensor of the call's tokens, batch and length apart or in one."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return False

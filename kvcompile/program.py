@@ -4,13 +4,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TextIO
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
-from kvcompile.calibration import calibrated, uncalibrated
+from kvcompile.calibration import calibrated, own_text, uncalibrated
 from kvcompile.capture import export
 from kvcompile.capture_module import export_module
 from kvcompile.errors import KVCompileError, nearest
@@ -72,6 +73,10 @@ class Program:
         """
         recipe = calibrated(Recipe.parse(recipe), self, calibration)
         start = self.snapshots["capture"]
+        if calibration is not None:
+            start.meta["text"] = lambda: calibration
+        elif "text" not in start.meta:
+            start.meta["text"] = cache(lambda: own_text(self))
         out = Program(self.name, copy_graph(start), recipe, snapshots={"capture": start},
                       seconds={"capture": self.seconds["capture"]})
         settings = plan(recipe, len(attention_nodes(start.graph)))

@@ -16,16 +16,17 @@ from kvcompile.ir import argument
 from kvcompile.layout import Layout, Made, Segment
 from kvcompile.sources import split_bias, weight_of
 from kvcompile.store import Store
+from kvcompile.writer import Writer
 
 aten = torch.ops.aten
 
 
-class Absorber:
+class Absorber(Writer):
     """Writes the nodes of one layer before and after its attention."""
 
     def __init__(self, gm: GraphModule, node: Node) -> None:
-        self.gm, self.node = gm, node
-        self.mode = node.meta["val"].fake_mode
+        super().__init__(gm, node)
+        self.node = node
 
     def rewrite(self, layout: Layout, k: Made, v: Made, kept: dict[tuple, Node]) -> None:
         """Change q, k and v of the attention, and what follows it. `kept`: what other layers with
@@ -189,12 +190,11 @@ class Absorber:
         spans = sorted(parts, key=lambda p: p[:2])
         if all(a[0] + a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False)):
             for at, n, x in spans:
-                if at > end:
-                    out.append(self.zeros(query, at - end))
+                right = 0 if x is not spans[-1][2] else width - at - n
+                if at > end or right:
+                    x = self.call(aten.constant_pad_nd.default, x, [at - end, right])
                 out.append(x)
                 end = at + n
-            if end < width:
-                out.append(self.zeros(query, width - end))
             return out[0] if len(out) == 1 else self.call(aten.cat.default, out, -1)
         total = None
         for at, n, x in spans:
@@ -203,10 +203,6 @@ class Absorber:
             total = x if total is None else self.call(aten.add.Tensor, total, x)
         assert total is not None
         return total
-
-    def zeros(self, query: Node, n: int) -> Node:
-        some = self.call(aten.slice.Tensor, query, -1, 0, 1)
-        return self.call(aten.mul.Scalar, self.call(aten.repeat_interleave.self_int, some, n, -1), 0)
 
     def by_head(self, x: Node, weight: Node) -> Node:
         """x [B, Hq, S, d], weight [H, d, n] -> [B, Hq, S, n]."""
@@ -251,39 +247,10 @@ class Absorber:
             out["offset"] = bias
         return out
 
-    # ---- nodes ---------------------------------------------------------------------------
-
-    def call(self, target: Any, *args: Any) -> Node:
-        """A call with its `val`, said to come from the attention's line of the model."""
-        node = self.gm.graph.call_function(target, args)
-        with self.mode:
-            node.meta = {**self.node.meta, "val": target(*map_arg(args, _val))}
-        return node
-
-    def tensor(self, name: str) -> Tensor:
-        """The parameter or buffer of that name."""
-        value: Any = self.gm
-        for part in name.split("."):
-            value = getattr(value, part)
-        assert isinstance(value, Tensor)
-        return value.detach()
-
-    def attribute(self, name: str) -> Node:
-        """A parameter or buffer of the graph module."""
-        node = self.gm.graph.get_attr(name)
-        node.meta = {"val": self.mode.from_tensor(self.tensor(name))}
-        return node
-
     def constant(self, value: Tensor, derived: tuple[str, ...] = ()) -> Node:
         """A new buffer; `derived` are the parameters that it was computed from."""
-        number = 0
-        while hasattr(self.gm, f"placed_{number}"):
-            number += 1
         device = argument(self.node, "k").meta["val"].device
-        self.gm.register_buffer(f"placed_{number}", value.to(device), persistent=False)
-        node = self.attribute(f"placed_{number}")
-        node.meta["derived"] = derived
-        return node
+        return self.buffer("placed", value.to(device), derived)
 
 
 def _val(node: Node) -> Any:

@@ -95,10 +95,12 @@ class Place:
         if biased and _biased(k, v):
             return f"a bias cannot be absorbed next to {biased[0]}"
         before = k.dim + v.dim
-        after = sum(dims) if k.rope is None else k.dim + dims[0] * k.heads / region.heads + dims[1]
+        after = float(sum(dims))
+        if k.rope is not None:
+            after = k.dim + dims[0] * k.heads / region.heads + dims[1]
         if after > self.work * before:
-            return (f"reading them takes {after / before:.0f} times the multiplications of K and V, "
-                    f"more than {self.work:g}")
+            return (f"reading them takes {after / before:.0f} times the multiplications of K and "
+                    f"V, more than {self.work:g}")
         return ""
 
 
