@@ -43,8 +43,6 @@ class Engine:
         fresh = cache.get_seq_length() == 0
         planes = cache.begin(valid, positions)
         batch, tokens = valid.shape
-        if not fresh and any(site.rotated for site in self.sites):
-            planes.append(cache.positions_by_number().to(valid.device))
         if fresh:
             call = self._eager("prefill", embeds)
         elif tokens == 1 and self.compile and embeds is None:

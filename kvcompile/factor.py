@@ -30,7 +30,7 @@ def spectrum(moment: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def factor(weight: Tensor, moment: Tensor, rank: int, rotate: bool = False) -> Factors:
-    """The factors of weight [n, in] of this rank, in its dtype; `moment` is C [n, n].
+    """The factors of weight [n, in] of this rank, in fp64; `moment` is C [n, n].
 
     `rotate`: the latent is turned by a Hadamard matrix, which spreads outliers before quantization
     and costs nothing (Palu, section 3.4).
@@ -41,7 +41,7 @@ def factor(weight: Tensor, moment: Tensor, rank: int, rotate: bool = False) -> F
     kept = float(values[:rank].sum() / values.sum().clamp(min=torch.finfo(torch.float64).tiny))
     if rotate:
         up = turn(up)
-    return Factors((up.t() @ w).to(weight.dtype), up.to(weight.dtype), kept)
+    return Factors(up.t() @ w, up, kept)
 
 
 def rank_of(wanted: float | int, energy: float | None, values: Tensor, multiple: int) -> int:
