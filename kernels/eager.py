@@ -67,7 +67,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor,
         if parsed.plain and parsed.window in (0, window - 1):
             return _tokens_first(causal(q, own.keys(k), v, scale, window, softcap, sinks))
         each = [_one_by_one(parsed, *x, scale, window, softcap, sinks, own.row(row))
-                for row, *x in zip(which, q, k, v, strict=True)]
+                for row, x in zip(which, zip(q, k, v, strict=True), strict=True)]
         return _tokens_first(torch.stack(each))
 
     if bool(valid.all()):
@@ -76,7 +76,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor,
     for b, keep in enumerate(valid):
         if bool(keep.any()):
             own = rebuild.row(b).at(keep).batch()
-            out[b][:, keep] = rows(*(x[b : b + 1, :, keep] for x in (q, k, v)), own, [0])[0]
+            q_, k_, v_ = (x[b : b + 1, :, keep] for x in (q, k, v))
+            out[b][:, keep] = rows(q_, k_, v_, own, [0])[0]
     return out
 
 

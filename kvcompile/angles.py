@@ -1,6 +1,7 @@
 """Cosines and sines for the tokens that are stored: what a graph computes from positions, again."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -32,7 +33,9 @@ class Angles:
             if table.target is SIZE and table.args[0] in self.columns and table.args[1] == 1:
                 self.copies[table] = self.graph.call_function(SIZE, (self.input, 1))
             elif table.op == "call_function":
-                args, kwargs = (map_arg(x, self.by_number) for x in (table.args, table.kwargs))
+                args: Any = map_arg(table.args, self.by_number)
+                kwargs: Any = map_arg(table.kwargs, self.by_number)
                 if (args, kwargs) != (table.args, table.kwargs):
-                    self.copies[table] = self.graph.call_function(table.target, args, kwargs)
+                    target: Any = table.target
+                    self.copies[table] = self.graph.call_function(target, args, kwargs)
         return self.copies[table]

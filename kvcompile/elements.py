@@ -9,6 +9,7 @@ the others in order. The rest of a tensor's sizes, flattened, are its channels.
 from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import SymInt, Tensor
@@ -102,6 +103,7 @@ def per_token(node: Node) -> bool:
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return False
-    symbolic = [n for n in value.shape if isinstance(n, SymInt)]
+    sizes: list[Any] = [*value.shape]
+    symbolic = [n for n in sizes if isinstance(n, SymInt)]
     free = {s for n in symbolic for s in n.node.expr.free_symbols}
     return 0 < len(symbolic) == len(free) <= 2 or len(symbolic) == 1 and len(free) == 2

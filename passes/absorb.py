@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from kvcompile.ir import argument
+from kvcompile.ir import ATTENTION, argument
 from kvcompile.layout import Layout, Made, Segment
 from kvcompile.sources import split_bias, weight_of
 from kvcompile.store import Store
@@ -59,8 +59,9 @@ class Absorber(Writer):
         node.replace_all_uses_with(marker)
         marker.args = (node,)
         with self.mode:
-            node.meta = {**node.meta, "val": node.target(
-                *map_arg(node.args, _val), **map_arg(node.kwargs, _val))}
+            args: Any = map_arg(node.args, _val)
+            kwargs: Any = map_arg(node.kwargs, _val)
+            node.meta = {**node.meta, "val": ATTENTION(*args, **kwargs)}
         with graph.inserting_before(marker):
             out = self.expanded(node, layout.v, v)
             for step in (aten.transpose.int, aten.contiguous.default, aten.transpose.int):
