@@ -9,13 +9,14 @@ import torch
 
 from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE, term_of
+from kvcompile.format import Side as SideName
 from kvcompile.kernels.dense import CPP
 from kvcompile.rounding import Arithmetic
 from kvcompile.store import SIDES, Store
 
 FOLDER = Path(__file__).parent / "cpp"
-READERS = tuple(FOLDER / f"{name}.h"
-                for name in ("vector", "coded", "dense", "latent", "wrapper", "tier"))
+READERS = tuple(FOLDER / f"{name}.h" for name in (
+    "vector", "coded", "dense", "latent", "wrapper", "direction", "tier"))
 FILES = (*READERS, FOLDER / "attend.h")
 TIERS = ("sinks", "body", "recent")
 MOST = 1024  # channels of a head
@@ -45,7 +46,8 @@ def arithmetic(dtype: torch.dtype) -> Arithmetic:
 
 def unsupported(store: Store, shape: Shape) -> str | None:
     """Why no kernel can be printed; None if one can."""
-    why = missing(store, shape.dims, shape.dtype, "cpp", "reader")
+    why = missing(store, shape.dims, shape.dtype, "cpp" if store.members == 1 else "cpp_member",
+                  "reader")
     for tier in store.tiers("k") if store.v_in_k and not why else ():
         fmt = store.format("k", tier)
         if not hasattr(fmt, "cpp_in_k"):
@@ -66,10 +68,23 @@ def missing(store: Store, dims: tuple[int, int], dtype: torch.dtype, attribute: 
             if not hasattr(fmt, attribute):
                 return f"format {fmt.name} has no C++ {what}"
             try:
-                getattr(fmt, attribute)(dim, dtype, side)
+                if what == "reader":
+                    reader(store, side, tier, dim, dtype)
+                else:
+                    getattr(fmt, attribute)(dim * store.members, dtype, side)
             except RecipeError as error:
                 return f"{term_of(fmt)}: {error}"
     return None
+
+
+def reader(store: Store, side: SideName, tier: str, dim: int, dtype: torch.dtype
+           ) -> tuple[str, list[int]]:
+    """The C++ type that reads one layer's `dim` channels of a tier, and how far one of several
+    members is from the one before in each plane."""
+    fmt = store.format(side, tier)
+    if store.members == 1:
+        return fmt.cpp(dim, dtype, side), []  # type: ignore[attr-defined]
+    return fmt.cpp_member(dim, store.members, dtype, side)  # type: ignore[attr-defined]
 
 
 @cache
@@ -79,18 +94,19 @@ def headers() -> str:
 
 
 def statements(store: Store, shape: Shape, threads: int) -> str:
-    """The kernel's statements: q, k, v, valid, sinks, planes (the count first), slot -> out, mass.
+    """The kernel's statements: q, k, v, valid, sinks, plane0.., slot -> out, mass.
 
-    Planes hold all layers of a group; `slot` points to the layer's number. `<name>_size` and
-    `_stride` are the sizes and strides of a tensor.
+    Planes hold all layers of a group, the count first; `slot` points to the layer's number, and
+    `member`, where a slot holds several, to the one that attends. `<name>_size` and `_stride` are
+    the sizes and strides of a tensor.
     """
     name = _name(store, shape, threads)
     dtype = CPP[shape.dtype]
     pointer = f"const {'float' if dtype == 'float' else 'kvc::' + dtype}*"
     lines = ["const int64_t batch = q_size[0];", f"using Config = kvc::{name};",
              "Config::Tiers tiers;",
-             *tiers(store, shape.dims, shape.dtype, "tiers.",
-                    "slot[0] * batch * Config::H"),
+             *tiers(store, shape.dims, shape.dtype, "tiers.", "slot[0] * batch * Config::H",
+                    "member[0]" if store.members > 1 else ""),
              *(f"tiers.v_{t} = tiers.k_{t};" for t in store.tiers("k") if store.v_in_k)]
     lines += [f"const auto* q_ = ({pointer})q;", f"const auto* k_ = ({pointer})k;",
               f"const auto* v_ = ({pointer})v;", f"auto* out_ = (std::remove_const_t<"
@@ -131,9 +147,9 @@ def config(store: Store, shape: Shape, threads: int) -> str:
                 lines.append(f"using {up}{name} = kvc::None;")
                 continue
             fmt: Any = store.format(held, tier)
-            reader = fmt.cpp(dim, shape.dtype, side) if side == held else fmt.cpp_in_k(
-                shape.dims[0], dim, shape.dtype)
-            lines.append(f"using {up}{name} = {reader};")
+            text = (fmt.cpp_in_k(shape.dims[0], dim, shape.dtype) if side != held else
+                    reader(store, side, tier, dim, shape.dtype)[0])
+            lines.append(f"using {up}{name} = {text};")
             members.append(f"{side}_{tier}")
             if tier != "sinks":
                 ring = store.ring(held, tier)
@@ -150,18 +166,23 @@ def _name(store: Store, shape: Shape, threads: int) -> str:
     return "Attend" + sha256(repr((str(store), shape, threads)).encode()).hexdigest()[:12]
 
 
-def tiers(store: Store, dims: tuple[int, int], dtype: torch.dtype, prefix: str, start: str
-          ) -> list[str]:
-    """C++ that fills the `Tier` of every tier from the planes; tables begin at entry `start`."""
+def tiers(store: Store, dims: tuple[int, int], dtype: torch.dtype, prefix: str, start: str,
+          member: str = "") -> list[str]:
+    """C++ that fills the `Tier` of every tier from the planes; tables begin at entry `start`.
+
+    `member` says in C++ which of the store's members is read.
+    """
     lines, at = [], 1
     for side, dim in zip(SIDES, dims, strict=True):
         for tier in store.tiers(side):
             name = f"{prefix}{side}_{tier}"
-            planes = store.format(side, tier).planes(dim, dtype, side)
+            count = len(store.format(side, tier).planes(dim * store.members, dtype, side))
+            apart = reader(store, side, tier, dim, dtype)[1] if member else [0] * count
             lines += [f"{name}.pages = plane{at}_size[3];",
                       f"{name}.table = plane{at} + ({start}) * {name}.pages;"]
-            lines += [f"{name}.plane[{i}] = plane{at + 1 + i};" for i in range(len(planes))]
-            at += 1 + len(planes)
+            lines += [f"{name}.plane[{i}] = plane{at + 1 + i}"
+                      + (f" + {member} * {n};" if n else ";") for i, n in enumerate(apart)]
+            at += 1 + count
     return lines
 
 
