@@ -114,7 +114,7 @@ class Store:
             window = min(max(own - 1, 1), sinks + window if window else own)
             sinks = 0
         inside = bool(axes.get("v_in_k", False))
-        return Store(side("k"), side("k" if inside else "v"), sinks, window, inside)
+        return Store(side("k"), side("k" if inside else "v"), sinks, window, v_in_k=inside)
 
     def __str__(self) -> str:
         args: list[tuple[str, object]] = []
