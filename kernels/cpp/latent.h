@@ -1,5 +1,6 @@
 // Readers of V where it is the first DV channels of K (multi-head latent attention): K's pages,
 // read a second time while they are in the cache. V has no pages of its own.
+#include <vector>
 namespace kvc {
 
 template <int DV, int D, class T> struct DenseInK {
@@ -21,6 +22,11 @@ template <int DV, int D, class T> struct DenseInK {
         }
     }
 
+    void rows(int first, int last, float (*out)[DV]) const {
+        for (int t = first * 16; t < last * 16; t++)
+            for (int d = 0; d < DV; d += 16) store(out[t] + d, load(data + t * D + d));
+    }
+
     template <int R, bool> void add(const float (*p)[PAGE], const float* share, int first, int last, float (*o)[DV]) const {
         constexpr int abreast = KVC_AVX512 ? (R <= 4 ? 4 : 2) : 1;
         int from = 0;
@@ -35,6 +41,13 @@ template <int DV, int D, class V, Axis AXIS, int GROUP, class S, bool LOW>
 struct CodedInK<CodedK<D, V, AXIS, GROUP, S, LOW>, DV> : CodedK<D, V, AXIS, GROUP, S, LOW> {
     using Keys = CodedK<D, V, AXIS, GROUP, S, LOW>;
     using Keys::Keys;
+
+    void rows(int first, int last, float (*out)[DV]) const {
+        static thread_local std::vector<float> room(PAGE * D);
+        float (*keys)[D] = (float (*)[D])room.data();
+        Keys::rows(first, last, keys);
+        for (int t = first * 16; t < last * 16; t++) std::memcpy(out[t], keys[t], sizeof(out[t]));
+    }
 
     template <int R, bool> void add(const float (*p)[PAGE], const float* share, int first, int last, float (*o)[DV]) const {
         for (int tile = 0; tile * Keys::TILE < DV; tile++)
