@@ -1,0 +1,152 @@
+"""The Triton text of kvc.append, printed from a store's formats: two kernels, one after the other.
+
+`encode` stores the blocks that become complete, from the recent tier and the call's tokens, in the
+body; `keep` then stores the call's tokens that are sinks or wait in the recent tier. A program
+handles one tile of tokens of one (layer, row, kv head) and of K or V.
+"""
+
+from functools import cache
+from hashlib import sha256
+from typing import Any, NamedTuple
+
+import torch
+
+from kvcompile.errors import RecipeError
+from kvcompile.format import Side
+from kvcompile.kernels import triton_source as ts
+from kvcompile.store import SIDES, Store
+
+PHASES = ("encode", "keep")
+FEWEST = 16  # tokens of a tile
+
+
+class Shape(NamedTuple):
+    """What a kernel is printed for, beside the store."""
+
+    heads: int                  # kv heads
+    dims: tuple[int, int]       # Dk, Dv
+    dtype: torch.dtype          # of k and v
+
+
+def unsupported(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> str | None:
+    """Why no kernel can be printed; None if one can."""
+    return ts.missing(store, dims, dtype, "triton_writer", "writer")
+
+
+def tokens(store: Store, shape: Shape, phase: str) -> int:
+    """Tokens of a tile: whole steps of both formats."""
+    if phase == "keep":
+        return FEWEST
+    steps = [store.side(side).format.step for side in SIDES]
+    return max(FEWEST, *steps)
+
+
+def chunks(store: Store, phase: str, new: Any, cut: int) -> Any:
+    """Tiles that may hold what `new` tokens change."""
+    most = max(store.side(side).block for side in SIDES) - 1 if phase == "encode" else 0
+    return (new + most + cut - 1) // cut + 1
+
+
+def name(store: Store, shape: Shape, phase: str) -> str:
+    """A name of its own for every kernel."""
+    return f"{phase}_" + sha256(repr((str(store), shape)).encode()).hexdigest()[:12]
+
+
+def arguments(store: Store, shape: Shape) -> list[str]:
+    """The kernel's parameters in order."""
+    return ["k", "v", "numbers", "columns", "new", *ts.parameters(store, shape.dims, shape.dtype),
+            "slot", "batch", "tokens",
+            *(f"{x}_{d}" for x in "kv" for d in ("layer", "row", "head", "token")),
+            *ts.sizes(store, shape.dims, shape.dtype)]
+
+
+@cache
+def source(store: Store, shape: Shape, phase: str) -> str:
+    """The module's text, empty where there is nothing to do; RecipeError without a kernel."""
+    why = unsupported(store, shape.dims, shape.dtype)
+    if why:
+        raise RecipeError(f"{store}: {why}")
+    part = _encode if phase == "encode" else _keep
+    sides = {side: part(store, shape, side) for side in SIDES}
+    if not any(sides.values()):
+        return ""
+    body = [
+        f"N: tl.constexpr = {tokens(store, shape, phase)}",
+        f"layer, rest = tl.program_id(1) // (batch * {shape.heads}), tl.program_id(1) % "
+        f"(batch * {shape.heads})",
+        f"row, head = rest // {shape.heads}, rest % {shape.heads}",
+        f"place = (((slot + layer) * batch + row) * {shape.heads} + head).to(tl.int64)",
+        "n = tl.load(count + place)",
+        "after = n + tl.load(new + row)",
+        f"before = tl.maximum(n - {store.sinks}, 0)",
+    ]
+    for side, test in (("k", "=="), ("v", "!=")):
+        body += [f"if tl.program_id(2) {test} 0:", *ts.indent(sides[side] or ["pass"])]  # type: ignore[index]
+    head = f"def {name(store, shape, phase)}({', '.join(arguments(store, shape))}):"
+    return "\n".join([ts.HEAD, f"# {store}", "@triton.jit", head, *ts.indent(body)]) + "\n"
+
+
+def _new(shape: Shape, side: Side, which: str, mask: str) -> list[str]:
+    """x: the call's tokens that are number `which` [N] of the row's, in the model's dtype."""
+    dim = shape.dims[SIDES.index(side)]
+    return [
+        f"mine = {mask}",
+        f"rank = {which}",
+        "column = tl.load(columns + row * tokens + rank, mask=mine, other=0)",
+        "column = tl.maximum(column, 0)",
+        f"c = tl.arange(0, {ts.padded(dim)})[None, :]",
+        f"where = {side} + layer * {side}_layer + row * {side}_row + head * {side}_head + "
+        f"column[:, None] * {side}_token + c",
+        f"x = tl.load(where, mask=mine[:, None] & (c < {dim}), other=0.0)",
+    ]
+
+
+def _encode(store: Store, shape: Shape, side: Side) -> list[str]:
+    """The tokens [start, end) of the queue go to the body."""
+    if "body" not in store.tiers(side):
+        return []
+    dim, fmt = shape.dims[SIDES.index(side)], store.side(side).format
+    planes = ts.names(fmt, dim, shape.dtype, side, f"{side}_body")
+    lines = [*ts.span(store, "n", side, "old_"), *ts.span(store, "after", side, "")]
+    lines += ["start = tl.maximum(old_end, first)",
+              "base = (start // N + tl.program_id(0)) * N",
+              "index = base + tl.arange(0, N)",
+              "keep = (index >= start) & (index < end)"]
+    inner = _new(shape, side, f"index + {store.sinks} - n", "keep & (index >= before)")
+    if "recent" in store.tiers(side):
+        recent = f"{side}_recent_data"
+        inner += [
+            "waited = keep & (index < before)",
+            "page = " + ts.page(side, "recent", store.ring(side, "recent"), "base"),
+            f"old = dense({recent}, page, base % 128, waited, N, {dim}, {ts.padded(dim)})",
+            "x = tl.where(waited[:, None], old, x)"]
+    inner += ["x = x.to(tl.float32)",
+              "page = " + ts.page(side, "body", store.ring(side, "body"), "base"),
+              "at = base % 128",
+              *fmt.triton_writer(dim, shape.dtype, side, planes)]  # type: ignore[attr-defined]
+    return [*lines, "if base < end:", *ts.indent(inner)]
+
+
+def _keep(store: Store, shape: Shape, side: Side) -> list[str]:
+    """Tokens that are sinks, and those that stay in the recent tier."""
+    dim, lines = shape.dims[SIDES.index(side)], []
+    if "sinks" in store.tiers(side):
+        inner = [*_new(shape, side, "index - n", "keep"), "page = "
+                 + ts.page(side, "sinks", None, "base"), "at = base % 128",
+                 f"dense_store({side}_sinks_data, page, at, keep, x, N, {dim}, "
+                 f"{ts.padded(dim)})"]
+        lines += ["base = (n // N + tl.program_id(0)) * N", "index = base + tl.arange(0, N)",
+                  f"last = tl.minimum(after, {store.sinks})",
+                  "keep = (index >= n) & (index < last)",
+                  "if base < last:", *ts.indent(inner)]
+    if "recent" in store.tiers(side):
+        inner = [*_new(shape, side, f"index + {store.sinks} - n", "keep"), "page = "
+                 + ts.page(side, "recent", store.ring(side, "recent"), "base"), "at = base % 128",
+                 f"dense_store({side}_recent_data, page, at, keep, x, N, {dim}, "
+                 f"{ts.padded(dim)})"]
+        lines += [*ts.span(store, "after", side, ""),
+                  "start = tl.maximum(tl.maximum(first, end), before)",
+                  "base = (start // N + tl.program_id(0)) * N", "index = base + tl.arange(0, N)",
+                  "keep = (index >= start) & (index < queued)",
+                  "if base < queued:", *ts.indent(inner)]
+    return lines
