@@ -5,6 +5,7 @@ body; `keep` then stores the call's tokens that are sinks or wait in the recent 
 handles one tile of tokens of one (layer, row, kv head) and of K or V.
 """
 
+import re
 from functools import cache
 from hashlib import sha256
 from typing import Any, NamedTuple
@@ -33,18 +34,20 @@ def unsupported(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> str 
     return ts.missing(store, dims, dtype, "triton_writer", "writer")
 
 
-def tokens(store: Store, shape: Shape, phase: str) -> int:
-    """Tokens of a tile: whole steps of both formats."""
-    if phase == "keep":
-        return FEWEST
-    steps = [store.side(side).format.step for side in SIDES]
-    return max(FEWEST, *steps)
+def tokens(store: Store, side: Side, phase: str) -> int:
+    """Tokens of a tile, one step of the format at least."""
+    return FEWEST if phase == "keep" else max(FEWEST, store.side(side).format.step)
 
 
-def chunks(store: Store, phase: str, new: Any, cut: int) -> Any:
-    """Tiles that may hold what `new` tokens change."""
-    most = max(store.side(side).block for side in SIDES) - 1 if phase == "encode" else 0
-    return (new + most + cut - 1) // cut + 1
+def chunks(store: Store, phase: str, new: Any) -> Any:
+    """Tiles that may hold what `new` tokens change, of K or of V."""
+    def of(side: Side) -> Any:
+        cut = tokens(store, side, phase)
+        most = store.side(side).block - 1 if phase == "encode" else 0
+        return (new + most + cut - 1) // cut + 1
+
+    k, v = of("k"), of("v")
+    return max(k, v) if isinstance(new, int) else k + v
 
 
 def name(store: Store, shape: Shape, phase: str) -> str:
@@ -67,11 +70,11 @@ def source(store: Store, shape: Shape, phase: str) -> str:
     if why:
         raise RecipeError(f"{store}: {why}")
     part = _encode if phase == "encode" else _keep
-    sides = {side: part(store, shape, side) for side in SIDES}
+    sides = {side: [re.sub(r"\bN\b", str(tokens(store, side, phase)), line)
+                    for line in part(store, shape, side)] for side in SIDES}
     if not any(sides.values()):
         return ""
     body = [
-        f"N: tl.constexpr = {tokens(store, shape, phase)}",
         f"layer, rest = tl.program_id(1) // (batch * {shape.heads}), tl.program_id(1) % "
         f"(batch * {shape.heads})",
         f"row, head = rest // {shape.heads}, rest % {shape.heads}",

@@ -117,9 +117,9 @@ def _begin(store: Store, shape: Shape, cut: Tile) -> list[str]:
         "live = number >= 0",
         "n = tl.load(count + place)",
         f"channel = tl.arange(0, {ts.padded(dk)})",
-        f"where = q + row * q_row + (head * {g} + member)[:, None] * q_head + "
+        f"q_at = q + row * q_row + (head * {g} + member)[:, None] * q_head + "
         "column[:, None] * q_token + channel[None, :]",
-        f"query = tl.load(where, mask=live[:, None] & (channel < {dk})[None, :], other=0.0)",
+        f"query = tl.load(q_at, mask=live[:, None] & (channel < {dk})[None, :], other=0.0)",
     ]
     size = turns(store, "k", dk)
     if size:
@@ -179,14 +179,14 @@ def _read(store: Store, shape: Shape, side: Side, tier: str) -> tuple[list[str],
 
 
 def _logits(shape: Shape, keys: str, query: str) -> str:
-    exact = ', input_precision="ieee"' if shape.dtype is torch.float32 else ""
     scale = shape.scale if shape.softcap else shape.scale * LOG2E
-    return f"capped(tl.dot({query}, tl.trans({keys}){exact}) * {scale!r}, {float(shape.softcap)!r})"
+    return (f"capped(dot({query}, tl.trans({keys}), {ts.interpreted()}) * {scale!r}, "
+            f"{float(shape.softcap)!r})")
 
 
 def _add(shape: Shape, to: str, weights: str, values: str) -> str:
-    exact = ', input_precision="ieee"' if shape.dtype is torch.float32 else ""
-    return f"{to} = tl.dot({weights}.to({ts.TRITON[shape.dtype]}), {values}, {to}{exact})"
+    return (f"{to} = dot_add({weights}.to({ts.TRITON[shape.dtype]}), {values}, {to}, "
+            f"{ts.interpreted()})")
 
 
 def _query(store: Store, shape: Shape) -> str:
@@ -290,10 +290,8 @@ def _tests(store: Store, side: Side) -> list[tuple[str, str]]:
 def _own(shape: Shape, side: Side) -> tuple[list[str], str]:
     """The call's own tokens."""
     dim = shape.dims[SIDES.index(side)]
-    lines = [f"c = tl.arange(0, {ts.padded(dim)})[None, :]",
-             f"where = {side} + row * {side}_row + head * {side}_head + index[:, None] * "
-             f"{side}_token + c"]
-    return lines, f"tl.load(where, mask=keep[:, None] & (c < {dim}), other=0.0)"
+    return [], (f"own_tokens({side} + row * {side}_row + head * {side}_head, {side}_token, index, "
+                f"keep, {dim}, {ts.padded(dim)})")
 
 
 def _finish(store: Store, shape: Shape) -> list[str]:

@@ -75,9 +75,7 @@ def append(planes: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], p
             text = triton_append.source(parsed, spec, phase)
             if not text:
                 continue
-            cut = triton_append.tokens(parsed, spec, phase)
-            grid = (triton_append.chunks(parsed, phase, tokens, cut),
-                    batch * spec.heads * many, 2)
+            grid = (triton_append.chunks(parsed, phase, tokens), batch * spec.heads * many, 2)
             given = [keys, values, numbers, columns, new, *planes, slots[at], batch, tokens,
                      *keys.stride()[:4], *values.stride()[:4], *sizes]
             names = triton_append.arguments(parsed, spec)

@@ -9,6 +9,7 @@ call lie in `kernels/triton/`.
 
 import importlib
 import linecache
+import os
 from functools import cache
 from hashlib import sha256
 from importlib.util import find_spec
@@ -35,6 +36,11 @@ def padded(dim: int) -> int:
 def installed() -> bool:
     """Whether there is a Triton to print for."""
     return find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether kernels are run by Triton's interpreter (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 def missing(store: Store, dims: tuple[int, int], dtype: torch.dtype, attribute: str, what: str

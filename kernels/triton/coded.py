@@ -233,6 +233,13 @@ def dense(plane, page, at, keep, N: tl.constexpr, D: tl.constexpr, DP: tl.conste
 
 
 @triton.jit
+def own_tokens(x, stride, index, keep, D: tl.constexpr, DP: tl.constexpr):
+    """Tokens `index` [N] of the call's own x."""
+    c = tl.arange(0, DP)[None, :]
+    return tl.load(x + index[:, None] * stride + c, mask=keep[:, None] & (c < D), other=0.0)
+
+
+@triton.jit
 def dense_store(plane, page, at, keep, x, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
     t = at + tl.arange(0, N)[:, None]
     c = tl.arange(0, DP)[None, :]
