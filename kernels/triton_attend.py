@@ -9,6 +9,7 @@ log-sum-exps (`merge`).
 
 from functools import cache
 from hashlib import sha256
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -43,12 +44,24 @@ class Tile(NamedTuple):
     stages: int = 2
 
 
-def tile(shape: Shape) -> Tile:
-    """What needs no tuning: a tile of decoded numbers fits the registers of four warps."""
+def tile(store: Store, shape: Shape) -> Tile:
+    """What needs no tuning: decoded tiles that fit four warps' registers, and codes that come 16
+    bytes a load."""
     wide = max(map(ts.padded, shape.dims))
-    tokens = min(64, max(16, (4096 if shape.dtype is torch.float32 else 8192) // wide))
+    held = [s for s in SIDES if "body" in store.tiers(s)]
+    thin = min((_bits(store, shape, side) for side in held), default=16)
+    many = max((len(store.side(s).format.planes(shape.dims[SIDES.index(s)], shape.dtype, s))
+                for s in held), default=1)
+    room = 2048 if shape.dtype is torch.float32 else 8192 if thin <= 2 and many <= 4 else 4096
     queries = 1 if shape.one else max(1, min(16, 32 // shape.queries))
-    return Tile(tokens, queries)
+    return Tile(min(128, max(16, room // wide)), queries, 8 if many > 4 else 4)
+
+
+def _bits(store: Store, shape: Shape, side: Side) -> float:
+    """Bits that a number takes in the largest plane of a body."""
+    fmt, dim = store.side(side).format, shape.dims[SIDES.index(side)]
+    planes = fmt.planes(dim, shape.dtype, side).values()
+    return max(8 * prod(p.shape) * p.dtype.itemsize / (fmt.step * dim) for p in planes)
 
 
 def rows(shape: Shape, cut: Tile) -> int:

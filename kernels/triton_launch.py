@@ -30,7 +30,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: Sequence[Tensor], positions:
     parsed = Store.parse(store)
     shape = triton_attend.Shape(heads, hq // heads, (dk, dv), q.dtype, scale, window, softcap,
                                 isinstance(tokens, int) and tokens == 1)
-    cut = triton_attend.tile(shape)
+    cut = triton_attend.tile(parsed, shape)
     splits = parts(batch, heads, q.device)
     numbers = numbered(valid)
     width = triton_attend.width(parsed, shape)

@@ -67,7 +67,7 @@ def kernels(store: Store, shape: triton_attend.Shape) -> tuple[list[Kernel], lis
     if why:
         reasons.append(f"attend: {why}")
     else:
-        cut = triton_attend.tile(shape)
+        cut = triton_attend.tile(store, shape)
         names = triton_attend.arguments(store, shape)
         given = {"q": own, "k": own, "v": own, "numbers": "*i32", "part": "*fp32",
                  "stats": "*fp32", **planes}
