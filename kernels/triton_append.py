@@ -18,7 +18,7 @@ from kvcompile.kernels import triton_source as ts
 from kvcompile.store import SIDES, Store
 
 PHASES = ("encode", "keep")
-FEWEST = 16  # tokens of a tile
+FEWEST = 32  # tokens of a tile
 
 
 class Shape(NamedTuple):

@@ -7,6 +7,7 @@ bodies come first, in a loop of their own without branches. The parts are merged
 log-sum-exps (`merge`).
 """
 
+import re
 from functools import cache
 from hashlib import sha256
 from math import prod
@@ -52,7 +53,7 @@ def tile(store: Store, shape: Shape) -> Tile:
     thin = min((_bits(store, shape, side) for side in held), default=16)
     many = max((len(store.side(s).format.planes(shape.dims[SIDES.index(s)], shape.dtype, s))
                 for s in held), default=1)
-    room = 2048 if shape.dtype is torch.float32 else 8192 if thin <= 2 and many <= 4 else 4096
+    room = 2048 if shape.dtype is torch.float32 else 8192 if thin <= 2 else 4096
     queries = 1 if shape.one else max(1, min(16, 32 // shape.queries))
     return Tile(min(128, max(16, room // wide)), queries, 8 if many > 4 else 4)
 
@@ -108,7 +109,7 @@ def source(store: Store, shape: Shape, cut: Tile) -> str:
     if why:
         raise RecipeError(f"{store}: {why}")
     body = [*_begin(store, shape, cut), *_plan(store, shape, cut), *_bodies(store, shape),
-            *_others(store, shape), *_finish(store, shape)]
+            *_others(store, shape, cut), *_finish(store, shape)]
     head = f"def {name(store, shape, cut)}({', '.join(arguments(store, shape))}):"
     return "\n".join([ts.HEAD, f"# {store}", "@triton.jit", head, *ts.indent(body)]) + "\n"
 
@@ -132,7 +133,7 @@ def _begin(store: Store, shape: Shape, cut: Tile) -> list[str]:
         f"channel = tl.arange(0, {ts.padded(dk)})",
         f"q_at = q + row * q_row + (head * {g} + member)[:, None] * q_head + "
         "column[:, None] * q_token + channel[None, :]",
-        f"query = tl.load(q_at, mask=live[:, None] & (channel < {dk})[None, :], other=0.0)",
+        _load_query(shape),
     ]
     size = turns(store, "k", dk)
     if size:
@@ -145,6 +146,13 @@ def _begin(store: Store, shape: Shape, cut: Tile) -> list[str]:
     if turns(store, "v", dv):
         lines.append(f"turned = tl.zeros(({m}, {width_v}), tl.float32)")
     return lines
+
+
+def _load_query(shape: Shape, again: bool = False) -> str:
+    """Loaded `again` where it is used: kept beside a turned query it would cost registers."""
+    policy = ', eviction_policy="evict_last"' if again else ""
+    return (f"query = tl.load(q_at, mask=live[:, None] & (channel < {shape.dims[0]})[None, :], "
+            f"other=0.0{policy})")
 
 
 def _plan(store: Store, shape: Shape, cut: Tile) -> list[str]:
@@ -235,14 +243,16 @@ def _bodies(store: Store, shape: Shape) -> list[str]:
     return ["for tile in range(start, tl.minimum(stop, pure)):", *ts.indent(lines)]
 
 
-def _others(store: Store, shape: Shape) -> list[str]:
-    """The loop over all other tiles: each asks which tiers its tokens lie in."""
-    m = "s_none"
+def _others(store: Store, shape: Shape, cut: Tile) -> list[str]:
+    """The loop over all other tiles, those of many tokens in halves: each asks which tiers its
+    tokens lie in."""
+    halves = 2 if cut.tokens >= 64 else 1
     lines = [
+        f"tile = piece // {halves}",
         "is_queue, is_own = tile < queue, tile >= queue + sunk",
         "is_sink = (tile >= queue) & (tile < queue + sunk)",
         "base = tl.where(is_queue, begin + tile, tl.where(is_own, tile - queue - sunk, "
-        "tile - queue)) * N",
+        f"tile - queue)) * {cut.tokens} + piece % {halves} * N",
         "index = base + tl.arange(0, N)",
         f"upper = tl.where(is_queue, queued, tl.where(is_own, tokens, tl.minimum(n, "
         f"{store.sinks})))",
@@ -251,7 +261,7 @@ def _others(store: Store, shape: Shape) -> list[str]:
         "keep = keep & ((own_number >= 0) | (is_own == 0))",
         f"position = index + tl.where(is_queue, {store.sinks}, 0)",
         "position = tl.where(is_own, n + own_number, position)",
-        f"s = {m}",
+        "s = tl.zeros((m.shape[0], N), tl.float32)",
     ]
     for tier, test in _tests(store, "k"):
         query = _query(store, shape) if tier == "body" else "query"
@@ -259,6 +269,8 @@ def _others(store: Store, shape: Shape) -> list[str]:
             found, tile = _own(shape, "k")
         else:
             found, tile = _read(store, shape, "k", tier)
+        if tier != "body" and turns(store, "k", shape.dims[0]):
+            found = [_load_query(shape, again=True), *found]
         inner = [*found, f"logits = {_logits(shape, tile, query)}"]
         if tier == "recent":
             inner.append("s = tl.where((index >= k_end)[None, :], logits, s)")
@@ -282,8 +294,9 @@ def _others(store: Store, shape: Shape) -> list[str]:
             found, tile = _read(store, shape, "v", tier)
         to = _sum(store, shape) if tier == "body" else "o"
         lines += [f"if {test}:", *ts.indent([*found, _add(shape, to, weights, tile)])]
-    zeros = f"{m} = tl.zeros((m.shape[0], N), tl.float32)"
-    return [zeros, "for tile in range(tl.maximum(start, pure), stop):", *ts.indent(lines)]
+    lines = [re.sub(r"\bN\b", str(cut.tokens // halves), line) for line in lines]
+    return [f"for piece in range(tl.maximum(start, pure) * {halves}, stop * {halves}):",
+            *ts.indent(lines)]
 
 
 def _tests(store: Store, side: Side) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from kvcompile.store import Store
 TABLE = "[-0.95, -0.8, -0.65, -0.5, -0.4, -0.3, -0.2, -0.1, 0, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95]"
 STORES = {  # what the recipes make, and the corners of the formats
     "full": "store",
-    "fp16": "store(k=dense(dtype=fp16), v=dense(dtype=bf16))",
+    "fp16": "store(k=dense(dtype=fp16), v=dense(dtype=fp16))",
     "window": "store(sinks=4, window=140)",
     "kivi2": "store(k=int(bits=2, axis=channel, group=32), k_block=128, v=int(bits=2), v_lag=128)",
     "kivi4": "store(k=int(bits=4, axis=channel, group=16), k_block=32, v=int(bits=4), v_lag=20)",
@@ -23,7 +23,7 @@ STORES = {  # what the recipes make, and the corners of the formats
                  "axis=channel), v_block=32)",
     "clip": "store(k=int(bits=4, clip=0.9), v=int(bits=2, clip=0.8))",
     "fp8": "store(k=fp8, v=fp8(kind=e5m2))",
-    "nf4": "store(k=nf4(axis=channel), k_block=64, k_lag=32, v=nf4, v_lag=32)",
+    "nf4": "store(k=nf4(axis=channel, group=32), k_block=32, k_lag=32, v=nf4, v_lag=32)",
     "nuq": f"store(k=nuq(table={TABLE}, axis=channel, group=128), v=nuq(table={TABLE}), sinks=1)",
     "quarot": "store(k=hadamard(of=int(bits=4)), k_lag=16, v=hadamard(of=int(bits=4)), v_lag=16)",
     "centered": "store(k=centered(of=int(bits=4, symmetric=true), block=32), "
@@ -113,7 +113,7 @@ class Case:
         return logit, float(share) * peak + step * float(want.abs().max())
 
 
-def stored_alike(store, steps=(140, 1, 1, 40), dims=(32, 32), dtype=torch.float32, heads=1, rows=2,
+def stored_alike(store, steps=(132, 1, 30), dims=(32, 32), dtype=torch.float32, heads=1, rows=2, slots=(0,),
                  device="cpu"):
     """Append random tokens, some of them padding, by the body and by the kernel; compare bits."""
     parsed = Store.parse(store)
@@ -124,12 +124,12 @@ def stored_alike(store, steps=(140, 1, 1, 40), dims=(32, 32), dtype=torch.float3
         group.reserve([sum(steps)] * rows)
     ours = _to(kernel.planes, device)
     for tokens in steps:
-        k, v = ([torch.randn(rows, heads, tokens, d, generator=g).to(dtype) for _ in range(2)]
+        k, v = ([torch.randn(rows, heads, tokens, d, generator=g).to(dtype) for _ in slots]
                 for d in dims)
         valid = torch.rand(rows, tokens, generator=g) > 0.2
         if tokens == 1:
             valid[0] = True
-        options = dict(store=str(parsed), slots=[0, 1])
+        options = dict(store=str(parsed), slots=[*slots])
         APPEND(body.planes, k, v, valid.long(), valid, **options)
         triton_launch.append(ours, *_to((k, v, valid.long(), valid), device), **options)
         for spec, want, got in zip(body.specs, body.planes, ours, strict=True):
