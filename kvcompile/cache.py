@@ -16,7 +16,7 @@ from kvcompile.planes import Group
 from kvcompile.recipe import Recipe
 from kvcompile.registry import module
 from kvcompile.site import Site
-from kvcompile.store import Store
+from kvcompile.store import AXES, Store
 
 _NUMBERS = count(1)
 _LIVE: "WeakValueDictionary[int, KVCache]" = WeakValueDictionary()
@@ -47,6 +47,11 @@ class KVCache(Cache):
         self.recipe, self.max_length, self.owner = str(Recipe.parse(recipe)), max_length, ""
         self.windows = [o.get("sliding_window") or 0 for o in options]
         settings = plan(recipe, len(types))
+        if beyond := {axis: p.origin[axis] for p in settings for axis in p.values
+                      if axis not in AXES}:
+            axis, term = min(beyond.items())
+            raise KVCompileError(f"{term}: {axis} changes the model's graph, which a KVCache by "
+                                 "itself cannot; use kvcompile.optimize")
         self.plan_stores = [Store.of(p.values, w)
                             for p, w in zip(settings, self.windows, strict=True)]
         for own in set(self.windows):

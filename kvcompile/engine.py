@@ -35,6 +35,7 @@ class Engine:
         self._decode: dict[bool, Callable] = {}
         self._graphs: dict[str, GraphModule] = {}
         self.storing = Storing(compile)
+        self.taps: list[Tensor] = []  # what a graph gives beside logits and ok (kvcompile/audit.py)
 
     def run(self, cache: OwnCache, ids: Tensor, positions: Tensor, valid: Tensor,
             keep: Tensor, embeds: Tensor | None = None) -> Tensor:
@@ -43,16 +44,18 @@ class Engine:
         planes = cache.begin(valid, positions)
         batch, tokens = valid.shape
         if fresh:
-            logits, ok = self._eager("prefill", embeds)(ids, positions, valid, keep, *planes)
+            call = self._eager("prefill", embeds)
         elif tokens == 1 and self.compile and embeds is None:
-            logits, ok = self.step(batch, valid.device)(ids, positions, valid, keep, *planes)
+            call = self.step(batch, valid.device)
         else:
-            logits, ok = self._eager("extend", embeds)(ids, positions, valid, keep, *planes)
+            call = self._eager("extend", embeds)
+        logits, ok, *self.taps = call(ids, positions, valid, keep, *planes)
         if not bool(ok.all()):
             cache.rollback()
             if fresh:
                 cache.reset()
-            layer = self.sites[ok.tolist().index(False)]
+            owners = [site for site in self.sites if site.owner is None]
+            layer = owners[ok.tolist().index(False)]
             limit = min(layer.store.limit(s, layer.dtype) for s in "kv")
             raise KVCompileError(f"K or V of layer {layer.layer} holds NaN or numbers above "
                                  f"{limit:g}; nothing of this call was stored")

@@ -13,11 +13,11 @@ A tier is a pool of pages of 128 tokens of one kv head, and an int32 page table
 ring over its pages.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from math import lcm
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,6 +28,8 @@ from kvcompile.recipe import Term, parse_term
 
 DENSE = Term("dense")
 SIDES: tuple[SideName, ...] = ("k", "v")
+AXES = (*(f"{axis}.{side}" for side in SIDES for axis in ("format", "block", "lag")), "sinks",
+        "window")  # what `Store.of` reads
 
 
 class Span(NamedTuple):
@@ -216,6 +218,16 @@ class Store:
                 total += heads * sum(pages) * (PAGE // fmt.step) * per_step
                 total += 4 * heads * len(counts) * max(pages, default=0)
         return total
+
+    def places(self, dims: tuple[int, int], dtype: torch.dtype, sizes: Sequence[Sequence[Any]]
+               ) -> Any:
+        """Token numbers that fit into K's pages, for planes of these sizes; none is dropped."""
+        if self.window:
+            raise RecipeError(f"{self}: attention mass is told by token number, of which a window "
+                              "keeps only the last")
+        return PAGE * sum(size[3] for spec, size in
+                          zip(self.planes(dims, dtype), sizes, strict=True)
+                          if spec.name.startswith("k.") and spec.name.endswith(".table"))
 
     def limit(self, name: str, dtype: torch.dtype) -> float:
         """The largest magnitude that K (or V) may have."""

@@ -4,10 +4,11 @@
     extend    o = attend(q, k, v, planes); ...; append(planes, all k, all v)    S >= 1 tokens more
 
 Layers of equal storage form a group, whose planes become inputs, group by group in `Store.planes`
-order, after the graph's own inputs; a layer is a slot of its group's planes. The outputs become
-(logits, ok): `ok[layer]` tells whether K and V could be stored. Tokens are stored only up to the
-first layer that is not ok (prefill, where each layer's K and V are freed once stored) or only if
-all are (extend, which stores each group at its very end): so a call either counts or not.
+order, after the graph's own inputs; a layer is a slot of its group's planes. A layer with the k and
+v of an earlier one reads that one's slot and stores nothing. The outputs become (logits, ok):
+`ok[i]` tells whether K and V of the i-th layer that stores some could be stored. Tokens are stored
+only up to the first that is not ok (prefill, where each layer's K and V are freed once stored) or
+only if all are (extend, which stores each group at its very end): so a call either counts or not.
 """
 
 import operator
@@ -46,7 +47,8 @@ class InsertCache:
         ok = (_prefill if self.phase == "prefill" else _extend)(graph, nodes, known, shared)
         output = graph.output_node()
         output.args = ((output.args[0], ok),)
-        return [Rewritten(site.layer, self.phase) for site in known]
+        return [Rewritten(site.layer, self.phase if site.owner is None else
+                          f"{self.phase}, reads layer {site.owner}") for site in known]
 
 
 class Shared(NamedTuple):
@@ -57,17 +59,17 @@ class Shared(NamedTuple):
 
 
 def _prefill(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list[Shared]) -> Node:
-    """Store each layer right before its attention, to exact K and V; bool [layers]."""
-    place = {layer: (own.planes, slot) for own in shared for slot, layer in enumerate(own.layers)}
-    fine: list[Node] = []
+    """Store each layer right before its attention, to exact K and V; bool [owners]."""
+    place, fine = _places(shared), list[Node]()
     for site, node in zip(sites, nodes, strict=True):
-        with graph.inserting_before(node):
-            fine.append(_storable(graph, [node], [site]))
-            if len(fine) > 1:
-                fine[-1] = _call(graph, aten.logical_and.default, *fine[-2:])
-            allowed = _call(graph, aten.bitwise_and.Tensor, argument(node, "valid"), fine[-1])
-            planes, slot = place[site.layer]
-            _append(graph, planes, [node], [slot], allowed)
+        if site.owner is None:
+            with graph.inserting_before(node):
+                fine.append(_storable(graph, [node], [site]))
+                if len(fine) > 1:
+                    fine[-1] = _call(graph, aten.logical_and.default, *fine[-2:])
+                allowed = _call(graph, aten.bitwise_and.Tensor, argument(node, "valid"), fine[-1])
+                planes, slot = place[site.layer]
+                _append(graph, planes, [node], [slot], allowed)
         node.kwargs = {k: v for k, v in node.kwargs.items() if k != "store"}
     with graph.inserting_before(graph.output_node()):
         return _call(graph, aten.cat.default, fine)
@@ -75,12 +77,12 @@ def _prefill(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: lis
 
 def _extend(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list[Shared]) -> Node:
     """Attend to what is stored, and store all layers of a group together at the end."""
-    for own in shared:
-        for slot, layer in enumerate(own.layers):
-            with graph.inserting_before(nodes[layer]):
-                _attend(graph, nodes[layer], own.planes, slot)
+    place, owners = _places(shared), [site for site in sites if site.owner is None]
+    for site, node in zip(sites, nodes, strict=True):
+        with graph.inserting_before(node):
+            _attend(graph, node, *place[site.layer if site.owner is None else site.owner])
     with graph.inserting_before(graph.output_node()):
-        ok = _storable(graph, nodes, sites)
+        ok = _storable(graph, [nodes[site.layer] for site in owners], owners)
         allowed = _call(graph, aten.bitwise_and.Tensor, argument(nodes[0], "valid"),
                         _call(graph, aten.all.default, ok))
         for own in shared:
@@ -89,6 +91,11 @@ def _extend(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list
     for node in nodes:
         graph.erase_node(node)
     return ok
+
+
+def _places(shared: list[Shared]) -> dict[int, tuple[list[Node], int]]:
+    """Layer -> its group's planes and its slot, for the layers that store."""
+    return {layer: (own.planes, slot) for own in shared for slot, layer in enumerate(own.layers)}
 
 
 def _call(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
