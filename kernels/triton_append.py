@@ -35,8 +35,9 @@ def unsupported(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> str 
 
 
 def tokens(store: Store, side: Side, phase: str) -> int:
-    """Tokens of a tile, one step of the format at least."""
-    return FEWEST if phase == "keep" else max(FEWEST, store.side(side).format.step)
+    """Tokens of a tile: one step of the format, if those are of several tokens."""
+    step = store.side(side).format.step if phase == "encode" else 1
+    return step if step > 1 else FEWEST
 
 
 def chunks(store: Store, phase: str, new: Any) -> Any:

@@ -20,11 +20,11 @@ ABREAST = 16     # parts that are merged at a time
 PROGRAMS = 2     # programs for each multiprocessor
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, planes: Sequence[Tensor], positions: Tensor,
+def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Tensor,
            valid: Tensor, sinks: Tensor | None, *, scale: float, window: int = 0,
-           softcap: float = 0.0, store: str, slot: int = 0, layer: int = 0
-           ) -> tuple[Tensor, Tensor]:
-    """As kvc.attend: o [B, Hq, S, Dv] and the log-sum-exp [B, Hq, S]."""
+           softcap: float = 0.0, store: str, slot: int = 0, layer: int = 0, mass: bool = False
+           ) -> tuple[Tensor, Tensor, Tensor]:
+    """As kvc.attend: o [B, Hq, S, Dv], the log-sum-exp [B, Hq, S], and what tokens weigh."""
     batch, hq, tokens, dk = q.shape
     heads, dv = k.shape[1], v.shape[3]
     parsed = Store.parse(store)
@@ -46,19 +46,29 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: Sequence[Tensor], positions:
     names = triton_attend.arguments(parsed, shape)
     start(run, grid, dict(zip(names, given, strict=True)), num_warps=cut.warps,
           num_stages=cut.stages)
-    o, lse = q.new_empty((batch, hq, tokens, dv)), q.new_empty((batch, hq, tokens),
-                                                               dtype=torch.float32)
+    o = q.new_empty((batch, tokens, hq, dv)).transpose(1, 2)
+    lse = q.new_empty((batch, hq, tokens), dtype=torch.float32)
     start(helpers()["merge"], (batch * hq * tokens,), dict(
         part=part, stats=stats, numbers=numbers, sinks=stats if sinks is None else sinks, out=o,
         lse=lse, tokens=tokens, G=hq // heads, H=heads, DV=dv, DVP=padded(dv), WIDTH=width,
         SPLITS=splits, TURN=triton_attend.turns(parsed, "v", dv), SINKS=sinks is not None,
         ABREAST=ABREAST), num_warps=1 if dv <= WIDEST // 2 else 2)
-    return o, lse
+    places = parsed.places((dk, dv), q.dtype, [p.shape for p in planes]) + tokens if mass else 0
+    weights = q.new_zeros((batch, heads, places), dtype=torch.float32)
+    if mass:
+        text = triton_attend.source(parsed, shape, cut, "mass")
+        run = kernel(text, triton_attend.name(parsed, shape, cut, "mass"))
+        at = names.index("part")
+        names = triton_attend.arguments(parsed, shape, "mass")
+        given[at : at + 2] = [weights, lse, places]
+        start(run, grid, dict(zip(names, given, strict=True)), num_warps=cut.warps,
+              num_stages=cut.stages)
+    return o, lse, weights
 
 
-def append(planes: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], positions: Tensor,
-           valid: Tensor, *, store: str, slots: Sequence[int]) -> None:
-    """As kvc.append. Single tokens of all layers are stored at once, more of them layer by layer."""
+def append(planes: list[Tensor], k: list[Tensor], v: list[Tensor], positions: Tensor,
+           valid: Tensor, *, store: str, slots: list[int]) -> None:
+    """As kvc.append. Single tokens of all layers are stored at once, others layer by layer."""
     parsed, dims = Store.parse(store), (k[0].shape[3], v[0].shape[3])
     batch, tokens = valid.shape
     numbers, new = numbered(valid), valid.sum(1, dtype=torch.int32)
@@ -82,7 +92,7 @@ def append(planes: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], p
             start(kernel(text, triton_append.name(parsed, spec, phase)), grid,
                   dict(zip(names, given, strict=True)), num_warps=4)
     for slot in slots:
-        planes[0][slot] += new[:, None]
+        planes[0].select(0, slot).add_(new.unsqueeze(1))
 
 
 def tables(store: Store, planes: Sequence[Tensor], dims: tuple[int, int], dtype: torch.dtype

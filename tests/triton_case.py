@@ -9,7 +9,8 @@ from kvcompile.planes import Group
 from kvcompile.site import Site
 from kvcompile.store import Store
 
-TABLE = "[-0.95, -0.8, -0.65, -0.5, -0.4, -0.3, -0.2, -0.1, 0, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95]"
+TABLE = ("[-0.95, -0.8, -0.65, -0.5, -0.4, -0.3, -0.2, -0.1, 0, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, "
+         "0.95]")
 STORES = {  # what the recipes make, and the corners of the formats
     "full": "store",
     "fp16": "store(k=dense(dtype=fp16), v=dense(dtype=fp16))",
@@ -78,9 +79,9 @@ class Case:
 
     def check(self):
         given, options = self.arguments(wide=True)
-        want, want_lse = ATTEND(*given, **options)
+        want, want_lse, want_mass = ATTEND(*given, **options)
         given, options = self.arguments(device=self.device)
-        got, lse = (x.cpu() for x in triton_launch.attend(*given, **options))
+        got, lse, mass = (x.cpu() for x in triton_launch.attend(*given, **options))
         assert got.dtype == self.dtype and got.shape == want.shape
         off = ~self.valid[:, None, :].expand_as(lse)
         assert (got[off] == 0).all() and (lse[off] == -torch.inf).all()
@@ -90,6 +91,10 @@ class Case:
         both = torch.isfinite(want_lse)
         error = (lse - want_lse)[both].abs().max() if both.any() else 0.0
         assert error <= logit + 1e-6, (float(error), float(logit))
+        assert mass.shape == want_mass.shape
+        if mass.numel():  # a weight is right to twice a logit's error, and its queries add up
+            error, most = (mass - want_mass).abs().max(), want_mass.max()
+            assert error <= 4 * (logit + 1e-6) * most, (float(error), float(logit))
 
     def bounds(self, want):
         """Rounding of a logit, and of an output.
@@ -113,8 +118,8 @@ class Case:
         return logit, float(share) * peak + step * float(want.abs().max())
 
 
-def stored_alike(store, steps=(132, 1, 30), dims=(32, 32), dtype=torch.float32, heads=1, rows=2, slots=(0,),
-                 device="cpu"):
+def stored_alike(store, steps=(132, 1, 30), dims=(32, 32), dtype=torch.float32, heads=1, rows=2,
+                 slots=(0,), device="cpu"):
     """Append random tokens, some of them padding, by the body and by the kernel; compare bits."""
     parsed = Store.parse(store)
     site = Site(0, heads, heads, dims, dtype, 0, parsed)

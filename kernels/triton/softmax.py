@@ -88,7 +88,8 @@ def merge(part, stats, numbers, sinks, out, lse, tokens, G: tl.constexpr, H: tl.
         o += tl.reshape(turn(tl.reshape(turned, (1, DVP)), 1, DVP, TURN), (DVP,))
     seen = valid & (total > 0)
     o = tl.where(seen, o / tl.where(seen, total, 1.0), 0.0)
-    to = (row * H * G + head) * tokens + token
-    tl.store(out + to * DV + c, o.to(out.dtype.element_ty), mask=c < DV)
+    at = ((row * tokens + token) * (H * G) + head) * DV      # the heads of a token lie together
+    tl.store(out + at + c, o.to(out.dtype.element_ty), mask=c < DV)
+    to = (row * (H * G) + head) * tokens + token
     answer = (most + tl.log2(tl.where(seen, total, 1.0))) * 0.6931471805599453
     tl.store(lse + to, tl.where(seen, answer, -float("inf")))

@@ -110,6 +110,11 @@ def compiled(one: Kernel, target: str) -> Compiled:
                     **read(made.asm))
 
 
+def check(target: str) -> None:
+    """Raise KVCompileError for a target that is not known, and without Triton."""
+    _target(target)
+
+
 def _target(text: str) -> Any:
     if not installed():
         raise KVCompileError("no Triton to compile with: pip install triton")
