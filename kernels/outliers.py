@@ -114,7 +114,7 @@ class Outliers(Wrapper):
         """Statements that store the tile `x`; RecipeError if none can."""
         _, group, taken = self._shape(dim)
         if group & (group - 1):
-            raise RecipeError(f"the Triton writer takes out of groups of a power of two, not {group}")
+            raise RecipeError(f"the Triton writer needs groups of a power of two, not {group}")
         coded, width = self._coded, padded(dim)
         axis = 1 if coded.axis == "channel" else 2
         sizes = f"{axis}, N, {dim}, {width}, {group}, {taken}"

@@ -118,39 +118,44 @@ def _encode(store: Store, shape: Shape, side: Side) -> list[str]:
               "keep = (index >= start) & (index < end)"]
     inner = _new(shape, side, f"index + {store.sinks} - n", "keep & (index >= before)")
     if "recent" in store.tiers(side):
-        recent = f"{side}_recent_data"
+        waiting = store.format(side, "recent")
+        held = ts.names(waiting, dim, shape.dtype, side, f"{side}_recent")
         inner += [
-            "waited = keep & (index < before)",
-            "page = " + ts.page(side, "recent", store.ring(side, "recent"), "base"),
-            f"old = dense({recent}, page, base % 128, waited, N, {dim}, {ts.padded(dim)})",
-            "x = tl.where(waited[:, None], old, x)"]
+            "leaving, keep = keep, keep & (index < before)",
+            "page, at = " + ts.page(side, "recent", store.ring(side, "recent"), "base")
+            + ", base % 128",
+            f"x = tl.where(keep[:, None], {waiting.triton(dim, shape.dtype, side, held)}, x)",  # type: ignore[attr-defined]
+            "keep = leaving"]
     inner += ["x = x.to(tl.float32)",
-              "page = " + ts.page(side, "body", store.ring(side, "body"), "base"),
-              "at = base % 128",
+              "page, at = " + ts.page(side, "body", store.ring(side, "body"), "base")
+              + ", base % 128",
               *fmt.triton_writer(dim, shape.dtype, side, planes)]  # type: ignore[attr-defined]
     return [*lines, "if base < end:", *ts.indent(inner)]
 
 
 def _keep(store: Store, shape: Shape, side: Side) -> list[str]:
     """Tokens that are sinks, and those that stay in the recent tier."""
-    dim, lines = shape.dims[SIDES.index(side)], []
+    lines = []
     if "sinks" in store.tiers(side):
-        inner = [*_new(shape, side, "index - n", "keep"), "page = "
-                 + ts.page(side, "sinks", None, "base"), "at = base % 128",
-                 f"dense_store({side}_sinks_data, page, at, keep, x, N, {dim}, "
-                 f"{ts.padded(dim)})"]
-        lines += ["base = (n // N + tl.program_id(0)) * N", "index = base + tl.arange(0, N)",
-                  f"last = tl.minimum(after, {store.sinks})",
-                  "keep = (index >= n) & (index < last)",
-                  "if base < last:", *ts.indent(inner)]
+        lines += [f"last = tl.minimum(after, {store.sinks})",
+                  *_write(store, shape, side, "sinks", "n", "last", "index - n")]
     if "recent" in store.tiers(side):
-        inner = [*_new(shape, side, f"index + {store.sinks} - n", "keep"), "page = "
-                 + ts.page(side, "recent", store.ring(side, "recent"), "base"), "at = base % 128",
-                 f"dense_store({side}_recent_data, page, at, keep, x, N, {dim}, "
-                 f"{ts.padded(dim)})"]
         lines += [*ts.span(store, "after", side, ""),
                   "start = tl.maximum(tl.maximum(first, end), before)",
-                  "base = (start // N + tl.program_id(0)) * N", "index = base + tl.arange(0, N)",
-                  "keep = (index >= start) & (index < queued)",
-                  "if base < queued:", *ts.indent(inner)]
+                  *_write(store, shape, side, "recent", "start", "queued",
+                          f"index + {store.sinks} - n")]
     return lines
+
+
+def _write(store: Store, shape: Shape, side: Side, tier: str, start: str, stop: str, which: str
+           ) -> list[str]:
+    """Store the tier's tokens [start, stop); `which` number of the call's each of them is."""
+    dim, fmt = shape.dims[SIDES.index(side)], store.format(side, tier)
+    ring = store.ring(side, tier) if tier == "recent" else None
+    inner = [*_new(shape, side, which, "keep"),
+             "page, at = " + ts.page(side, tier, ring, "base") + ", base % 128",
+             *fmt.triton_writer(dim, shape.dtype, side,  # type: ignore[attr-defined]
+                                ts.names(fmt, dim, shape.dtype, side, f"{side}_{tier}"))]
+    return [f"base = ({start} // N + tl.program_id(0)) * N", "index = base + tl.arange(0, N)",
+            f"keep = (index >= {start}) & (index < {stop})", f"if base < {stop}:",
+            *ts.indent(inner)]

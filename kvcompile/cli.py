@@ -1,4 +1,4 @@
-"""The command line: kvcompile run | explain | recipes | bench | eval | kernels; errors are one line."""
+"""The command line: run | explain | recipes | bench | eval | kernels; errors are one line."""
 
 import argparse
 import logging

@@ -118,7 +118,7 @@ class Case:
         return logit, float(share) * peak + step * float(want.abs().max())
 
 
-def stored_alike(store, steps=(132, 1, 30), dims=(32, 32), dtype=torch.float32, heads=1, rows=2,
+def stored_alike(store, steps=(133, 1, 7), dims=(32, 32), dtype=torch.float32, heads=1, rows=1,
                  slots=(0,), device="cpu"):
     """Append random tokens, some of them padding, by the body and by the kernel; compare bits."""
     parsed = Store.parse(store)

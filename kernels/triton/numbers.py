@@ -41,7 +41,7 @@ def float8_code(x, EXPONENT: tl.constexpr, MOST: tl.constexpr):
     MANTISSA: tl.constexpr = 7 - EXPONENT
     BIAS: tl.constexpr = (1 << (EXPONENT - 1)) - 1
     DROP: tl.constexpr = 23 - MANTISSA
-    SMALL: tl.constexpr = 2.0 ** (BIAS - 1 + MANTISSA)        # subnormals are multiples of 1 / SMALL
+    SMALL: tl.constexpr = 2.0 ** (BIAS - 1 + MANTISSA)        # subnormals: multiples of 1 / SMALL
     bits = tl.minimum(tl.maximum(x, -MOST), MOST).to(tl.int32, bitcast=True)
     sign, size = (bits >> 24) & 0x80, bits & 0x7FFFFFFF
     tiny = nearest(tl.minimum(size.to(tl.float32, bitcast=True) * SMALL, 256.0)).to(tl.int32)

@@ -166,7 +166,7 @@ def take_out(g, place, page, at, keep, AXIS: tl.constexpr, N: tl.constexpr, D: t
     index = tl.broadcast_to(index, g.shape)
     far = tl.abs(g - group_sum(g, AXIS, A, B, C) / GROUP)
     out = tl.zeros(g.shape, tl.int32)
-    for r in tl.static_range(TAKEN):
+    for _ in tl.static_range(TAKEN):
         far = tl.where(out != 0, -1.0, far)
         peak = tl.max(far, AXIS, keep_dims=True)
         best = tl.min(tl.where(far == peak, index, GROUP), AXIS, keep_dims=True)

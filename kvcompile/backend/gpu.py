@@ -13,10 +13,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from kvcompile.ir import APPEND, ATTEND, LIB, argument
-from kvcompile.kernels import eager, triton_append, triton_attend, triton_source
+from kvcompile.kernels import eager, triton_append, triton_attend, triton_launch, triton_source
 from kvcompile.store import Store
-
-Arguments = tuple[int, int, tuple[int, int], torch.dtype]  # kv heads, query heads, dims, dtype
 
 
 def unsupported(op: Any, store: Store, heads: int, queries: int, dims: tuple[int, int],
@@ -30,18 +28,12 @@ def unsupported(op: Any, store: Store, heads: int, queries: int, dims: tuple[int
     return triton_attend.unsupported(store, shape)
 
 
-def _launch() -> Any:
-    from kvcompile.kernels import triton_launch
-
-    return triton_launch
-
-
 def _attend(q: Tensor, k: Tensor, v: Tensor, planes: Sequence[Tensor], positions: Tensor,
             valid: Tensor, sinks: Tensor | None, *, store: str, **options: Any
             ) -> tuple[Tensor, Tensor, Tensor]:
     dims = (k.shape[3], v.shape[3])
     why = unsupported(ATTEND, Store.parse(store), k.shape[1], q.shape[1], dims, q.dtype)
-    run = eager.attend if why else _launch().attend
+    run = eager.attend if why else triton_launch.attend
     return run(q, k, v, list(planes), positions, valid, sinks, store=store, **options)
 
 
@@ -49,7 +41,7 @@ def _append(planes: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], 
             valid: Tensor, *, store: str, slots: Sequence[int]) -> None:
     dims, heads = (k[0].shape[3], v[0].shape[3]), k[0].shape[1]
     why = unsupported(APPEND, Store.parse(store), heads, heads, dims, k[0].dtype)
-    run = eager.append if why else _launch().append
+    run = eager.append if why else triton_launch.append
     run(list(planes), list(k), list(v), positions, valid, store=store, slots=list(slots))
 
 
@@ -58,8 +50,8 @@ LIB.impl("append", _append, "CUDA")
 
 
 def lower(gm: GraphModule, device: torch.device) -> None:
-    """Put the Triton ops in the place of the kvc ops of a graph for `device`, a GPU."""
-    if device.type == "cpu":
+    """Put the Triton ops in the place of the kvc ops of a traced graph for `device`, a GPU."""
+    if device.type != "cuda" or not triton_source.installed():
         return
     for node in gm.graph.nodes:
         if node.target in (ATTEND, APPEND) and not _refused(node):
@@ -70,8 +62,10 @@ def lower(gm: GraphModule, device: torch.device) -> None:
 def _refused(node: Node) -> str | None:
     k, v = argument(node, "k"), argument(node, "v")
     many = node.target is APPEND
-    keys, values = ((x[0] if many else x).meta["val"] for x in (k, v))
-    queries = keys.shape[1] if many else argument(node, "q").meta["val"].shape[1]
+    keys, values = ((x[0] if many else x).meta.get("val") for x in (k, v))
+    if keys is None or values is None:
+        return "it was not traced"  # its CUDA body is launched as it is
+    queries = keys.shape[1] if many else node.args[0].meta["val"].shape[1]  # type: ignore[union-attr]
     return unsupported(node.target, Store.parse(argument(node, "store")), int(keys.shape[1]),
                        int(queries), (int(keys.shape[3]), int(values.shape[3])), keys.dtype)
 
@@ -84,7 +78,7 @@ def _ops() -> dict[Any, Any]:
     if not _made:
         for op, mutated in ((ATTEND, ()), (APPEND, ("planes",))):
             name = op._schema.name.partition("::")[2]
-            made = torch.library.triton_op(f"kvc_triton::{name}", getattr(_launch(), name),
+            made: Any = torch.library.triton_op(f"kvc_triton::{name}", getattr(triton_launch, name),
                                            mutates_args=mutated)
             _made[op] = made._opoverload
     return _made

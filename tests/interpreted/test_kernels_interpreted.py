@@ -29,7 +29,7 @@ OPTIONS = {
     "tokens-window": dict(store=STORES["kivi4"], tokens=21, window=50, group=1, lengths=(9, 150)),
     "tokens-sinks": dict(store=STORES["window"], tokens=3, sinks=True, lengths=(2, 150)),
     "mass": dict(store=STORES["kivi4"], lengths=(0, 17, 150), mass=True),
-    "mass-tokens": dict(store=STORES["outliers"], tokens=21, padding=True, lengths=(0, 150),
+    "mass-tokens": dict(store=STORES["outliers"], tokens=5, padding=True, lengths=(150,),
                         mass=True, sinks=True, window=60),
     "heads": dict(store=STORES["kivi2"], heads=2, group=9, lengths=(150,)),
     "padding": dict(store=STORES["full"], padding=True, lengths=(20, 20)),
@@ -70,7 +70,11 @@ def test_append_is_the_body_bit_for_bit(name):
 @pytest.mark.parametrize("dims, dtype", [((80, 48), torch.float32), ((16, 64), torch.bfloat16)],
                          ids=str)
 def test_append_other_heads(dims, dtype):
-    stored_alike(NARROW, (40, 1), dims, dtype, slots=(0, 1))
+    stored_alike(NARROW, (40, 1), dims, dtype, rows=2)
+
+
+def test_append_to_rows_of_two_layers():
+    stored_alike(STORES["kivi8"], (150, 1, 60), rows=2, slots=(0, 1))
 
 
 @pytest.mark.slow
