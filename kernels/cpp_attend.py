@@ -9,12 +9,14 @@ import torch
 
 from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE, term_of
+from kvcompile.format import Side as SideName
 from kvcompile.kernels.dense import CPP
 from kvcompile.rounding import Arithmetic
 from kvcompile.store import SIDES, Store
 
 FOLDER = Path(__file__).parent / "cpp"
-READERS = tuple(FOLDER / name for name in ("vector.h", "coded.h", "dense.h", "wrapper.h", "tier.h"))
+READERS = tuple(FOLDER / name for name in ("vector.h", "coded.h", "dense.h", "wrapper.h",
+                                        "direction.h", "tier.h"))
 FILES = (*READERS, FOLDER / "attend.h")
 TIERS = ("sinks", "body", "recent")
 
@@ -43,7 +45,8 @@ def arithmetic(dtype: torch.dtype) -> Arithmetic:
 
 def unsupported(store: Store, shape: Shape) -> str | None:
     """Why no kernel can be printed; None if one can."""
-    return missing(store, shape.dims, shape.dtype, "cpp", "reader")
+    return missing(store, shape.dims, shape.dtype, "cpp" if store.members == 1 else "cpp_member",
+                   "reader")
 
 
 def missing(store: Store, dims: tuple[int, int], dtype: torch.dtype, attribute: str, what: str
@@ -59,10 +62,23 @@ def missing(store: Store, dims: tuple[int, int], dtype: torch.dtype, attribute: 
             if not hasattr(fmt, attribute):
                 return f"format {fmt.name} has no C++ {what}"
             try:
-                getattr(fmt, attribute)(dim, dtype, side)
+                if what == "reader":
+                    reader(store, side, tier, dim, dtype)
+                else:
+                    getattr(fmt, attribute)(dim * store.members, dtype, side)
             except RecipeError as error:
                 return f"{term_of(fmt)}: {error}"
     return None
+
+
+def reader(store: Store, side: SideName, tier: str, dim: int, dtype: torch.dtype
+           ) -> tuple[str, list[int]]:
+    """The C++ type that reads one layer's `dim` channels of a tier, and how far one of several
+    members is from the one before in each plane."""
+    fmt = store.format(side, tier)
+    if store.members == 1:
+        return fmt.cpp(dim, dtype, side), []  # type: ignore[attr-defined]
+    return fmt.cpp_member(dim, store.members, dtype, side)  # type: ignore[attr-defined]
 
 
 @cache
@@ -72,18 +88,19 @@ def headers() -> str:
 
 
 def statements(store: Store, shape: Shape, threads: int) -> str:
-    """The kernel's statements: q, k, v, valid, sinks, planes (the count first), slot -> out, mass.
+    """The kernel's statements: q, k, v, valid, sinks, plane0.., slot -> out, mass.
 
-    Planes hold all layers of a group; `slot` points to the layer's number. `<name>_size` and
-    `_stride` are the sizes and strides of a tensor.
+    Planes hold all layers of a group, the count first; `slot` points to the layer's number, and
+    `member`, where a slot holds several, to the one that attends. `<name>_size` and `_stride` are
+    the sizes and strides of a tensor.
     """
     name = _name(store, shape, threads)
     dtype = CPP[shape.dtype]
     pointer = f"const {'float' if dtype == 'float' else 'kvc::' + dtype}*"
     lines = ["const int64_t batch = q_size[0];", f"using Config = kvc::{name};",
              "Config::Tiers tiers;",
-             *tiers(store, shape.dims, shape.dtype, "tiers.",
-                    "slot[0] * batch * Config::H")]
+             *tiers(store, shape.dims, shape.dtype, "tiers.", "slot[0] * batch * Config::H",
+                    "member[0]" if store.members > 1 else "")]
     lines += [f"const auto* q_ = ({pointer})q;", f"const auto* k_ = ({pointer})k;",
               f"const auto* v_ = ({pointer})v;", f"auto* out_ = (std::remove_const_t<"
               f"std::remove_pointer_t<{pointer}>>*)out;",
@@ -121,8 +138,7 @@ def config(store: Store, shape: Shape, threads: int) -> str:
             if tier not in store.tiers(side):
                 lines.append(f"using {up}{name} = kvc::None;")
                 continue
-            reader = store.format(side, tier).cpp(dim, shape.dtype, side)  # type: ignore[attr-defined]
-            lines.append(f"using {up}{name} = {reader};")
+            lines.append(f"using {up}{name} = {reader(store, side, tier, dim, shape.dtype)[0]};")
             members.append(f"{side}_{tier}")
             if tier != "sinks":
                 ring = store.ring(side, tier)
@@ -139,18 +155,23 @@ def _name(store: Store, shape: Shape, threads: int) -> str:
     return "Attend" + sha256(repr((str(store), shape, threads)).encode()).hexdigest()[:12]
 
 
-def tiers(store: Store, dims: tuple[int, int], dtype: torch.dtype, prefix: str, start: str
-          ) -> list[str]:
-    """C++ that fills the `Tier` of every tier from the planes; tables begin at entry `start`."""
+def tiers(store: Store, dims: tuple[int, int], dtype: torch.dtype, prefix: str, start: str,
+          member: str = "") -> list[str]:
+    """C++ that fills the `Tier` of every tier from the planes; tables begin at entry `start`.
+
+    `member` says in C++ which of the store's members is read.
+    """
     lines, at = [], 1
     for side, dim in zip(SIDES, dims, strict=True):
         for tier in store.tiers(side):
             name = f"{prefix}{side}_{tier}"
-            planes = store.format(side, tier).planes(dim, dtype, side)
+            count = len(store.format(side, tier).planes(dim * store.members, dtype, side))
+            apart = reader(store, side, tier, dim, dtype)[1] if member else [0] * count
             lines += [f"{name}.pages = plane{at}_size[3];",
                       f"{name}.table = plane{at} + ({start}) * {name}.pages;"]
-            lines += [f"{name}.plane[{i}] = plane{at + 1 + i};" for i in range(len(planes))]
-            at += 1 + len(planes)
+            lines += [f"{name}.plane[{i}] = plane{at + 1 + i}"
+                      + (f" + {member} * {n};" if n else ";") for i, n in enumerate(apart)]
+            at += 1 + count
     return lines
 
 

@@ -147,7 +147,11 @@ class Run:
     def _check(self, layer: int, row: int, cache: OwnCache, new: Taps) -> LayerAudit:
         """A row's queries, the first, middle and last, over the cache and their own tokens."""
         site, old, tokens = self.sites[layer], self.seen[layer][row], new.q.shape[1]
-        held, promise, past = slots(cache, layer, row), contract(site.store, *old), old[0].shape[1]
+        held, past = slots(cache, layer, row), old[0].shape[1]
+        together = [self.seen[i][row] for i in site.members or (layer,)]
+        given = (torch.cat([x[:, :past] for x in side], -1)
+                 for side in zip(*together, strict=True))
+        promise = contract(site.store, *given, member=site.place[1])
         where = f"row {row}, {past} tokens stored"
         told = []
         for i in sorted({0, tokens // 2, tokens - 1}):
@@ -198,7 +202,7 @@ class Run:
         return f"layer {layer}, {site.store}, kvc.attend ({self.kernel(site, tokens)})"
 
     def _bytes(self, site: Site) -> int:
-        if site.owner is not None:
+        if not site.leads:
             return 0
         return site.store.nbytes(site.dims, site.dtype, site.heads, self.cache.rows)
 

@@ -14,7 +14,7 @@ ring over its pages.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from math import lcm
 from typing import Any, NamedTuple
@@ -70,12 +70,16 @@ class Side:
 
 @dataclass(frozen=True)
 class Store:
-    """The storage of one layer. Its text is a term: `store(k=int(bits=4), k_block=128, ...)`."""
+    """The storage of one layer. Its text is a term: `store(k=int(bits=4), k_block=128, ...)`.
+
+    `members` layers may share a store: formats are then given their channels side by side.
+    """
 
     k: Side
     v: Side
     sinks: int = 0
     window: int = 0
+    members: int = 1
 
     @staticmethod
     @cache
@@ -85,7 +89,8 @@ class Store:
         axes = {f"{axis}.{s}": term.get(name) for s in SIDES
                 for axis, name in (("format", s), ("block", f"{s}_block"), ("lag", f"{s}_lag"))}
         axes |= {name: term.get(name) for name in ("sinks", "window")}
-        return Store.of({a: v for a, v in axes.items() if v is not None})
+        store = Store.of({a: v for a, v in axes.items() if v is not None})
+        return replace(store, members=term.get("members", 1))  # type: ignore[arg-type]
 
     @staticmethod
     def of(axes: Mapping[str, object], own: int = 0) -> "Store":
@@ -117,6 +122,8 @@ class Store:
             if side.lag:
                 args.append((f"{name}_lag", side.lag))
         args += [(n, getattr(self, n)) for n in ("sinks", "window") if getattr(self, n)]
+        if self.members > 1:
+            args.append(("members", self.members))
         return str(Term("store", tuple(args)))  # type: ignore[arg-type]
 
     def side(self, name: str) -> Side:
@@ -187,7 +194,7 @@ class Store:
 
     @cache  # noqa: B019 (stores are few and small)
     def planes(self, dims: tuple[int, int], dtype: torch.dtype) -> tuple[Plane, ...]:
-        """The tensors of the store in order, for head dimensions (Dk, Dv).
+        """The tensors of the store in order, for head dimensions (Dk, Dv) of a layer.
 
         `count` is int32 [layers, batch, kv heads]; for each tier a `table`, int32 [layers, batch,
         kv heads, pages], and the format's planes, pools [pages, PAGE // step, *shape].
@@ -197,14 +204,14 @@ class Store:
             for tier in self.tiers(name):
                 fmt = self.format(name, tier)
                 planes.append(Plane(f"{name}.{tier}.table", torch.int32, ()))
-                for plane, spec in fmt.planes(dim, dtype, name).items():
+                for plane, spec in fmt.planes(dim * self.members, dtype, name).items():
                     planes.append(
                         Plane(f"{name}.{tier}.{plane}", spec.dtype, spec.page(fmt.step)))
         return tuple(planes)
 
     def nbytes(self, dims: tuple[int, int], dtype: torch.dtype, heads: int, counts: list[int],
                reserve: int = 0) -> int:
-        """Bytes that a layer takes in a cache for rows with these token counts: pages and tables.
+        """Bytes of pages and tables that the members take in a cache for rows of these counts.
 
         `reserve` is a count that every row has pages for in advance (`max_length`).
         """
@@ -213,7 +220,7 @@ class Store:
         for name, dim in zip(SIDES, dims, strict=True):
             for tier in self.tiers(name):
                 fmt = self.format(name, tier)
-                per_step = step_bytes(fmt, dim, dtype, name)
+                per_step = step_bytes(fmt, dim * self.members, dtype, name)
                 pages = [self.pages(name, tier, n) for n in most]
                 total += heads * sum(pages) * (PAGE // fmt.step) * per_step
                 total += 4 * heads * len(counts) * max(pages, default=0)

@@ -49,19 +49,22 @@ class Storing:
             APPEND(planes, k, v, positions, valid, store=store, slots=slots)
             return
         specs = parsed.planes(dims, dtype)
-        for slot, keys, values in zip(slots, k, v, strict=True):
+        each = parsed.members
+        for i, slot in enumerate(slots):
+            keys, values = ([x.contiguous() for x in y[i * each : (i + 1) * each]] for y in (k, v))
             own = [p if spec.shape else p[slot : slot + 1]
                    for spec, p in zip(specs, planes, strict=True)]
             key = (store, dims, k[0].shape[1], dtype, valid.shape[0] > 1)
             if key not in self._compiled:
                 self._compiled[key] = _compile(store, own, keys, values, valid)
-            self._compiled[key](*own, keys.contiguous(), values.contiguous(), positions,
-                                valid.contiguous())
+            self._compiled[key](*own, *keys, *values, positions, valid.contiguous())
 
 
-def _compile(store: str, planes: list[Tensor], k: Tensor, v: Tensor, valid: Tensor) -> Callable:
-    """A graph of one kvc.append for one layer, any number of tokens and pages."""
-    rows, specs = valid.shape[0], Store.parse(store).planes((k.shape[-1], v.shape[-1]), k.dtype)
+def _compile(store: str, planes: list[Tensor], keys: list[Tensor], values: list[Tensor],
+             valid: Tensor) -> Callable:
+    """A graph of one kvc.append for one slot, any number of tokens and pages."""
+    k, v, rows = keys[0], values[0], valid.shape[0]
+    specs = Store.parse(store).planes((k.shape[-1], v.shape[-1]), k.dtype)
     batch, tokens = (rows, 5) if rows == 1 else (7, 5)
     inputs: list[Tensor] = []
     dynamic: list[list[int]] = []
@@ -76,14 +79,14 @@ def _compile(store: str, planes: list[Tensor], k: Tensor, v: Tensor, valid: Tens
         else:
             pages = () if spec.name == "count" else (11 + number,)
             add(plane, (1, batch, k.shape[1], *pages), [1, 3] if pages else [1])
-    add(k, (batch, k.shape[1], tokens, k.shape[3]), [0, 2])
-    add(v, (batch, v.shape[1], tokens, v.shape[3]), [0, 2])
+    for x in (*keys, *values):
+        add(x, (batch, x.shape[1], tokens, x.shape[3]), [0, 2])
     add(torch.empty(0, dtype=torch.int64), (batch, tokens), [0, 1])
     add(valid, (batch, tokens), [0, 1])
     graph = Graph()
     nodes: list[Any] = [graph.placeholder(f"x{i}") for i in range(len(inputs))]
-    held, (keys, values, positions, ok) = nodes[: len(planes)], nodes[len(planes):]
-    graph.call_function(APPEND, (held, [keys], [values], positions, ok),
+    held, (*given, positions, ok) = nodes[: len(planes)], nodes[len(planes):]
+    graph.call_function(APPEND, (held, given[: len(keys)], given[len(keys):], positions, ok),
                         {"store": store, "slots": [0]})
     graph.output((ok,))
     return compile_graph(GraphModule({}, graph), inputs, dynamic)

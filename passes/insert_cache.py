@@ -59,7 +59,10 @@ class Shared(NamedTuple):
 
 
 def _prefill(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list[Shared]) -> Node:
-    """Store each layer right before its attention, to exact K and V; bool [owners]."""
+    """Store each layer right before its attention, to exact K and V; bool [layers that store].
+
+    Layers that are stored together are stored when the last of them has its K and V.
+    """
     place, fine = _places(shared), list[Node]()
     for site, node in zip(sites, nodes, strict=True):
         if site.owner is None:
@@ -67,10 +70,14 @@ def _prefill(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: lis
                 fine.append(_storable(graph, [node], [site]))
                 if len(fine) > 1:
                     fine[-1] = _call(graph, aten.logical_and.default, *fine[-2:])
-                allowed = _call(graph, aten.bitwise_and.Tensor, argument(node, "valid"), fine[-1])
-                planes, slot = place[site.layer]
-                _append(graph, planes, [node], [slot], allowed)
-        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "store"}
+                members = site.members or (site.layer,)
+                if site.layer == members[-1]:
+                    allowed = _call(graph, aten.bitwise_and.Tensor, argument(node, "valid"),
+                                    fine[-1])
+                    planes, slot = place[members[0]]
+                    _append(graph, planes, [nodes[i] for i in members], [slot], allowed)
+    for node in nodes:
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k not in ("store", "members")}
     with graph.inserting_before(graph.output_node()):
         return _call(graph, aten.cat.default, fine)
 
@@ -80,13 +87,15 @@ def _extend(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list
     place, owners = _places(shared), [site for site in sites if site.owner is None]
     for site, node in zip(sites, nodes, strict=True):
         with graph.inserting_before(node):
-            _attend(graph, node, *place[site.layer if site.owner is None else site.owner])
+            layer, member = site.place
+            _attend(graph, node, *place[layer], member)
     with graph.inserting_before(graph.output_node()):
         ok = _storable(graph, [nodes[site.layer] for site in owners], owners)
         allowed = _call(graph, aten.bitwise_and.Tensor, argument(nodes[0], "valid"),
                         _call(graph, aten.all.default, ok))
         for own in shared:
-            _append(graph, own.planes, [nodes[i] for i in own.layers], [*range(len(own.layers))],
+            every = [i for layer in own.layers for i in sites[layer].members or (layer,)]
+            _append(graph, own.planes, [nodes[i] for i in every], [*range(len(own.layers))],
                     allowed)
     for node in nodes:
         graph.erase_node(node)
@@ -94,7 +103,7 @@ def _extend(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list
 
 
 def _places(shared: list[Shared]) -> dict[int, tuple[list[Node], int]]:
-    """Layer -> its group's planes and its slot, for the layers that store."""
+    """Layer -> its group's planes and its slot, for the layers that name one."""
     return {layer: (own.planes, slot) for own in shared for slot, layer in enumerate(own.layers)}
 
 
@@ -127,10 +136,12 @@ def _append(graph: Graph, planes: list[Node], nodes: list[Node], slots: list[int
           store=argument(nodes[0], "store"), slots=slots)
 
 
-def _attend(graph: Graph, node: Node, planes: list[Node], slot: int) -> None:
+def _attend(graph: Graph, node: Node, planes: list[Node], slot: int, member: int) -> None:
     q, k, v, positions, valid, sinks = (
         argument(node, n) for n in ("q", "k", "v", "positions", "valid", "sinks"))
     options = {n: argument(node, n) for n in ("scale", "window", "softcap", "store")}
+    if member:
+        options["member"] = member
     both = _call(graph, ATTEND, q, k, v, planes, positions, valid, sinks, **options, slot=slot,
                  layer=argument(node, "layer"))
     o = _call(graph, operator.getitem, both, 0)

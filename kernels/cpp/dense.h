@@ -1,16 +1,17 @@
-// Readers of pages of plain numbers [128 tokens, D].
+// Readers of pages of plain numbers [128 tokens, N, D]: of one of N layers, the first unless the
+// plane's pointer is moved.
 namespace kvc {
 
-template <int D, class T> struct DenseK {
+template <int D, class T, int N = 1> struct DenseK {
     static constexpr int planes = 1;
     const T* data;
-    DenseK(const void* const* plane, long page) : data((const T*)plane[0] + page * (PAGE * D)) {}
+    DenseK(const void* const* plane, long page) : data((const T*)plane[0] + page * (PAGE * N * D)) {}
 
     template <int R, bool> void logits(const float* const* q, const float*, int first, int last, float (*out)[PAGE]) const {
         for (int group = first; group < last; group++) {
             vf part[R][16];
             for (int t = 0; t < 16; t++) {
-                const T* k = data + (group * 16 + t) * D;
+                const T* k = data + (group * 16 + t) * (N * D);
                 vf acc[R];
                 for (int r = 0; r < R; r++) acc[r] = set(0.0f);
                 for (int d = 0; d < D; d += 16) {
@@ -24,22 +25,22 @@ template <int D, class T> struct DenseK {
     }
 };
 
-template <int D, class T> struct DenseV {
+template <int D, class T, int N = 1> struct DenseV {
     static constexpr int planes = 1;
     const T* data;
-    DenseV(const void* const* plane, long page) : data((const T*)plane[0] + page * (PAGE * D)) {}
+    DenseV(const void* const* plane, long page) : data((const T*)plane[0] + page * (PAGE * N * D)) {}
 
-    template <int R, int N> void part(const float (*p)[PAGE], const float* share, int first, int last, int from, float (*o)[D]) const {
-        vf acc[N][R];
-        for (int i = 0; i < N; i++) for (int r = 0; r < R; r++) acc[i][r] = set(0.0f);
+    template <int R, int M> void part(const float (*p)[PAGE], const float* share, int first, int last, int from, float (*o)[D]) const {
+        vf acc[M][R];
+        for (int i = 0; i < M; i++) for (int r = 0; r < R; r++) acc[i][r] = set(0.0f);
         for (int t = first; t < last; t++) {
-            const T* v = data + t * D + from;
-            for (int i = 0; i < N; i++) {
+            const T* v = data + t * (N * D) + from;
+            for (int i = 0; i < M; i++) {
                 vf x = load(v + i * 16);
                 for (int r = 0; r < R; r++) acc[i][r] = fma(set(p[r][t]), x, acc[i][r]);
             }
         }
-        for (int i = 0; i < N; i++) for (int r = 0; r < R; r++) {
+        for (int i = 0; i < M; i++) for (int r = 0; r < R; r++) {
             float* to = o[r] + from + i * 16;
             store(to, fma(acc[i][r], set(share[r]), load(to)));
         }

@@ -42,7 +42,7 @@ def linear(x: Any, weights: list[Any], biases: list[Any], *, gate: str = "") -> 
 @lowering(ATTEND, cpp_attend, *cpp_attend.FILES)
 def attend(q: Any, k: Any, v: Any, planes: list[Any], positions: Any, valid: Any, sinks: Any, *,
            scale: float, window: int = 0, softcap: float = 0.0, store: str, slot: int = 0,
-           layer: int = 0, mass: bool = False) -> Any:
+           layer: int = 0, mass: bool = False, member: int = 0) -> Any:
     """One query a row over what is stored, where the log-sum-exp is not asked for."""
     batch, heads, tokens, dim = q.get_size()
     kept = k.get_size()[1]
@@ -56,6 +56,8 @@ def attend(q: Any, k: Any, v: Any, planes: list[Any], positions: Any, valid: Any
     inputs = {"q": last_contiguous(q), "k": last_contiguous(k), "v": last_contiguous(v),
               "valid": contiguous(valid), "slot": constant(slot)}
     inputs |= {f"plane{i}": plane for i, plane in enumerate(planes)}
+    if parsed.members > 1:
+        inputs["member"] = constant(member)
     if sinks is not None:
         inputs["sinks"] = to_dtype(contiguous(sinks), torch.float32)
     text = [cpp_attend.headers(), cpp_attend.config(parsed, shape, threads())]
