@@ -66,6 +66,12 @@ class Dense:
         """The tile of numbers (`kernels/triton_source.py`)."""
         return f"dense({planes[0]}, page, at, keep, N, {dim}, {padded(dim)})"
 
+    def triton_member(self, dim: int, members: int, dtype: torch.dtype, side: Side,
+                      planes: list[str]) -> str:
+        """The tile of `dim` channels of one of the `members` that lie side by side."""
+        return (f"dense_member({planes[0]}, member, page, at, keep, N, {dim}, {padded(dim)}, "
+                f"{members})")
+
     def triton_writer(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]
                       ) -> list[str]:
         """Statements that store the tile `x`."""

@@ -31,7 +31,7 @@ class Shape(NamedTuple):
 
 def unsupported(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> str | None:
     """Why no kernel can be printed; None if one can."""
-    return ts.missing(store, dims, dtype, "triton_writer", "writer")
+    return ts.missing(store, dims, dtype, "writer")
 
 
 def tokens(store: Store, side: Side, phase: str) -> int:
@@ -110,7 +110,7 @@ def _encode(store: Store, shape: Shape, side: Side) -> list[str]:
     if "body" not in store.tiers(side):
         return []
     dim, fmt = shape.dims[SIDES.index(side)], store.side(side).format
-    planes = ts.names(fmt, dim, shape.dtype, side, f"{side}_body")
+    planes = ts.names(store, side, "body", dim, shape.dtype)
     lines = [*ts.span(store, "n", side, "old_"), *ts.span(store, "after", side, "")]
     lines += ["start = tl.maximum(old_end, first)",
               "base = (start // N + tl.program_id(0)) * N",
@@ -119,7 +119,7 @@ def _encode(store: Store, shape: Shape, side: Side) -> list[str]:
     inner = _new(shape, side, f"index + {store.sinks} - n", "keep & (index >= before)")
     if "recent" in store.tiers(side):
         waiting = store.format(side, "recent")
-        held = ts.names(waiting, dim, shape.dtype, side, f"{side}_recent")
+        held = ts.names(store, side, "recent", dim, shape.dtype)
         inner += [
             "leaving, keep = keep, keep & (index < before)",
             "page, at = " + ts.page(side, "recent", store.ring(side, "recent"), "base")
@@ -155,7 +155,7 @@ def _write(store: Store, shape: Shape, side: Side, tier: str, start: str, stop: 
     inner = [*_new(shape, side, which, "keep"),
              "page, at = " + ts.page(side, tier, ring, "base") + ", base % 128",
              *fmt.triton_writer(dim, shape.dtype, side,  # type: ignore[attr-defined]
-                                ts.names(fmt, dim, shape.dtype, side, f"{side}_{tier}"))]
+                                ts.names(store, side, tier, dim, shape.dtype))]
     return [f"base = ({start} // N + tl.program_id(0)) * N", "index = base + tl.arange(0, N)",
             f"keep = (index >= {start}) & (index < {stop})", f"if base < {stop}:",
             *ts.indent(inner)]

@@ -37,7 +37,7 @@ def arguments(store: Store, shape: Shape, what: str = "attend") -> list[str]:
     """The kernel's parameters in order."""
     results = ["part", "stats"] if what == "attend" else ["mass", "lse", "places"]
     return ["q", "k", "v", "numbers", *ts.parameters(store, shape.dims, shape.dtype), *results,
-            "slot", "batch", "tokens", "splits",
+            "slot", *(["member"] if store.members > 1 else []), "batch", "tokens", "splits",
             *(f"{x}_{d}" for x in "qkv" for d in ("row", "head", "token")),
             *ts.sizes(store, shape.dims, shape.dtype)]
 

@@ -38,7 +38,7 @@ def tile(store: Store, shape: Shape) -> Tile:
     wide = max(map(ts.padded, shape.dims))
     held = [s for s in SIDES if "body" in store.tiers(s)]
     thin = min((_bits(store, shape, side) for side in held), default=16)
-    many = max((len(store.side(s).format.planes(shape.dims[SIDES.index(s)], shape.dtype, s))
+    many = max((len(ts.names(store, s, "body", shape.dims[SIDES.index(s)], shape.dtype))
                 for s in held), default=1)
     room = 2048 if shape.dtype is torch.float32 else 8192 if thin <= 2 else 4096
     queries = 1 if shape.one else max(1, min(16, 32 // shape.queries))
@@ -48,8 +48,9 @@ def tile(store: Store, shape: Shape) -> Tile:
 def _bits(store: Store, shape: Shape, side: Side) -> float:
     """Bits that a number takes in the largest plane of a body."""
     fmt, dim = store.side(side).format, shape.dims[SIDES.index(side)]
-    planes = fmt.planes(dim, shape.dtype, side).values()
-    return max(8 * prod(p.shape) * p.dtype.itemsize / (fmt.step * dim) for p in planes)
+    wide = dim * store.members
+    planes = fmt.planes(wide, shape.dtype, side).values()
+    return max(8 * prod(p.shape) * p.dtype.itemsize / (fmt.step * wide) for p in planes)
 
 
 def rows(shape: Shape, cut: Tile) -> int:
@@ -61,7 +62,7 @@ def unsupported(store: Store, shape: Shape) -> str | None:
     """Why no kernel can be printed; None if one can."""
     if shape.queries > 64:
         return f"{shape.queries} query heads share a kv head; at most 64 can"
-    return ts.missing(store, shape.dims, shape.dtype, "triton", "reader")
+    return ts.missing(store, shape.dims, shape.dtype, "reader")
 
 
 def turns(store: Store, side: Side, dim: int) -> int:

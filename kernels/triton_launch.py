@@ -22,8 +22,8 @@ PROGRAMS = 2     # programs for each multiprocessor
 
 def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Tensor,
            valid: Tensor, sinks: Tensor | None, *, scale: float, window: int = 0,
-           softcap: float = 0.0, store: str, slot: int = 0, layer: int = 0, mass: bool = False
-           ) -> tuple[Tensor, Tensor, Tensor]:
+           softcap: float = 0.0, store: str, slot: int = 0, layer: int = 0, mass: bool = False,
+           member: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """As kvc.attend: o [B, Hq, S, Dv], the log-sum-exp [B, Hq, S], and what tokens weigh."""
     batch, hq, tokens, dk = q.shape
     heads, dv = k.shape[1], v.shape[3]
@@ -40,7 +40,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Ten
     text = triton_attend.source(parsed, shape, cut)
     run = kernel(text, triton_attend.name(parsed, shape, cut))
     grid = (splits, batch * heads, -(-tokens // cut.queries))
-    given = [q, k, v, numbers, *planes, part, stats, slot, batch, tokens, splits,
+    given = [q, k, v, numbers, *planes, part, stats, slot,
+             *([member] if parsed.members > 1 else []), batch, tokens, splits,
              *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
              *(p.shape[3] for p in tables(parsed, planes, (dk, dv), q.dtype))]
     names = triton_attend.arguments(parsed, shape)

@@ -43,28 +43,40 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-def missing(store: Store, dims: tuple[int, int], dtype: torch.dtype, attribute: str, what: str
-            ) -> str | None:
-    """Why a tier has no Triton reader or writer, which `attribute` of its format names; or None."""
+def missing(store: Store, dims: tuple[int, int], dtype: torch.dtype, what: str) -> str | None:
+    """Why a tier has no Triton reader or writer, `what`; or None."""
     if dtype not in TRITON:
         return f"no kernel for {str(dtype).removeprefix('torch.')}"
+    if what == "writer" and store.members > 1:
+        return f"{store.members} layers that are stored together have no Triton writer"
     for side, dim in zip(SIDES, dims, strict=True):
         if dim % 4 or not 8 <= dim <= WIDEST:
             return f"head dimension {dim} is not a multiple of 4 from 8 to {WIDEST}"
-        for tier in store.tiers(side):
-            fmt = store.format(side, tier)
-            if not hasattr(fmt, attribute):
-                return f"format {fmt.name} has no Triton {what}"
+        for *_, fmt, planes in tiers(store, dims, dtype, side):
             try:
-                getattr(fmt, attribute)(dim, dtype, side, names(fmt, dim, dtype, side, "p"))
+                if what == "reader":
+                    reader(store, fmt, dim, dtype, side, planes)
+                else:
+                    of(fmt, "triton_writer", what)(dim, dtype, side, planes)
             except RecipeError as error:
-                return f"{term_of(fmt)}: {error}"
+                text = str(error)
+                return text if text.startswith("format ") else f"{term_of(fmt)}: {text}"
     return None
 
 
-def names(fmt: Format, dim: int, dtype: torch.dtype, side: Side, prefix: str) -> list[str]:
-    """Names of the pointers to a format's planes."""
-    return [f"{prefix}_{plane}" for plane in fmt.planes(dim, dtype, side)]
+def reader(store: Store, fmt: Format, dim: int, dtype: torch.dtype, side: Side, planes: list[str]
+           ) -> str:
+    """The tile of one layer's `dim` channels; `member` says which of several that lie together."""
+    if store.members == 1:
+        return str(of(fmt, "triton", "reader")(dim, dtype, side, planes))
+    return str(of(fmt, "triton_member", "reader of several layers")(
+        dim, store.members, dtype, side, planes))
+
+
+def names(store: Store, side: Side, tier: str, dim: int, dtype: torch.dtype) -> list[str]:
+    """Names of the pointers to a tier's planes."""
+    planes = store.format(side, tier).planes(dim * store.members, dtype, side)
+    return [f"{side}_{tier}_{plane}" for plane in planes]
 
 
 def of(fmt: Any, attribute: str, what: str) -> Any:
@@ -98,12 +110,12 @@ def kernel(text: str, name: str) -> Any:
     return space[name]
 
 
-def tiers(store: Store, dims: tuple[int, int], dtype: torch.dtype
+def tiers(store: Store, dims: tuple[int, int], dtype: torch.dtype, only: Side | None = None
           ) -> list[tuple[Side, str, Format, list[str]]]:
     """(side, tier, format, names of the pointers to its planes), as the planes are ordered."""
-    return [(side, tier, store.format(side, tier),
-             names(store.format(side, tier), dim, dtype, side, f"{side}_{tier}"))
-            for side, dim in zip(SIDES, dims, strict=True) for tier in store.tiers(side)]
+    return [(side, tier, store.format(side, tier), names(store, side, tier, dim, dtype))
+            for side, dim in zip(SIDES, dims, strict=True) if only in (None, side)
+            for tier in store.tiers(side)]
 
 
 def parameters(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> list[str]:

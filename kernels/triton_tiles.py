@@ -91,12 +91,12 @@ def plan(store: Store, shape: Shape, cut: Tile) -> list[str]:
 def _read(store: Store, shape: Shape, side: Side, tier: str) -> tuple[list[str], str]:
     """Statements that find the page of the token `base`, and the tile of the tokens from it on."""
     fmt, dim = store.format(side, tier), shape.dims[SIDES.index(side)]
+    planes = ts.names(store, side, tier, dim, shape.dtype)
     if tier == "body" and turns(store, side, dim):
         fmt = fmt.inner  # type: ignore[attr-defined]
-    planes = ts.names(fmt, dim, shape.dtype, side, f"{side}_{tier}")
     lines = ["page = " + ts.page(side, tier, None if tier == "sinks" else store.ring(side, tier),
                                  "base"), "at = base % 128"]
-    text = fmt.triton(dim, shape.dtype, side, planes)  # type: ignore[attr-defined]
+    text = ts.reader(store, fmt, dim, shape.dtype, side, planes)
     return lines, f"{text}.to({ts.TRITON[shape.dtype]})"
 
 

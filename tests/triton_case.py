@@ -37,6 +37,8 @@ STORES = {  # what the recipes make, and the corners of the formats
             "v=lowrank(of=outliers(of=int(bits=2)), rank=2))",
     "outliers": f"store(k=outliers(of=nuq(table={TABLE}, axis=channel, group=64), fraction=0.03), "
                 f"v=outliers(of=nuq(table={TABLE}, group=32), fraction=0.05), sinks=1)",
+    "minicache": "store(k=direction(kept=3), k_block=128, v=direction(of=int(bits=4)), v_block=128,"
+                 " members=2)",
 }
 
 
@@ -54,15 +56,19 @@ class Case:
         site = Site(0, heads * group, heads, dims, dtype, options.get("window", 0), self.store)
         rows, most = len(lengths), max(lengths)
         g = torch.Generator().manual_seed(0)
-        k, v = (torch.randn(rows, heads, most, d, generator=g).to(dtype) for d in dims)
+        members = self.store.members
+        k, v = (torch.randn(members, rows, heads, most, d, generator=g).to(dtype) for d in dims)
         k[..., 5] *= 8                                              # an outlier channel
         self.planes = Group([site, site], rows, torch.device("cpu"))
         self.planes.reserve([n + tokens for n in lengths])
         valid = torch.arange(most)[None] < torch.tensor(lengths)[:, None]
-        APPEND(self.planes.planes, [k], [v], valid.long(), valid, store=str(self.store), slots=[1])
+        APPEND(self.planes.planes, [*k], [*v], valid.long(), valid, store=str(self.store),
+               slots=[1])
         self.q = torch.randn(rows, heads * group, tokens, dims[0], generator=g).to(dtype)
         self.k, self.v = (torch.randn(rows, heads, tokens, d, generator=g).to(dtype) for d in dims)
-        self.seen_k, self.seen_v = torch.cat([k, self.k], 2), torch.cat([v, self.v], 2)
+        self.seen_k, self.seen_v = torch.cat([k[-1], self.k], 2), torch.cat([v[-1], self.v], 2)
+        if members > 1:
+            self.options["member"] = members - 1
         self.valid = torch.ones(rows, tokens, dtype=torch.bool)
         if padding:                                                 # holes; a row of padding
             self.valid = torch.rand(rows, tokens, generator=g) > 0.3

@@ -233,6 +233,16 @@ def dense(plane, page, at, keep, N: tl.constexpr, D: tl.constexpr, DP: tl.conste
 
 
 @triton.jit
+def dense_member(plane, member, page, at, keep, N: tl.constexpr, D: tl.constexpr,
+                 DP: tl.constexpr, MEMBERS: tl.constexpr):
+    """[128, MEMBERS, D] in a page."""
+    t = at + tl.arange(0, N)[:, None]
+    c = tl.arange(0, DP)[None, :]
+    where = plane + page * (128 * MEMBERS * D) + (t * MEMBERS + member) * D + c
+    return tl.load(where, mask=keep[:, None] & (c < D), other=0.0)
+
+
+@triton.jit
 def own_tokens(x, stride, index, keep, D: tl.constexpr, DP: tl.constexpr):
     """Tokens `index` [N] of the call's own x."""
     c = tl.arange(0, DP)[None, :]

@@ -91,6 +91,24 @@ def lowrank(x, a, b, page, at, N: tl.constexpr, D: tl.constexpr, DP: tl.constexp
     return tl.reshape(x, (N, DP))
 
 
+@triton.jit
+def direction(e, length, place, exact, member, page, at, keep, N: tl.constexpr, D: tl.constexpr,
+              DP: tl.constexpr, KEPT: tl.constexpr):
+    """e times the length of one of two vectors, but for KEPT tokens that are stored as they were.
+
+    In a page: length [2][128], place [KEPT], exact [2][KEPT][D].
+    """
+    t = at + tl.arange(0, N)
+    size = tl.load(length + page * 256 + member * 128 + t, mask=keep, other=0.0)
+    x = e * size.to(tl.float32)[:, None]
+    c = tl.arange(0, DP)
+    for r in tl.static_range(KEPT):
+        p = tl.load(place + page * KEPT + r).to(tl.int32)
+        row = tl.load(exact + ((page * 2 + member) * KEPT + r) * D + c, mask=c < D, other=0.0)
+        x = tl.where((t == p)[:, None], row.to(tl.float32)[None, :], x)
+    return x
+
+
 # Outliers. In a page: by channel [128 / GROUP][D][TAKEN], by token [D / GROUP][TAKEN][128].
 
 @triton.jit

@@ -62,7 +62,7 @@ def test_attend_with_options(name):
 @pytest.mark.parametrize("name", STORES)
 def test_append_is_the_body_bit_for_bit(name):
     if why := triton_append.unsupported(Store.parse(STORES[name]), (32, 32), torch.float32):
-        assert "lowrank" in why
+        assert "lowrank" in why or "stored together" in why
         return
     stored_alike(STORES[name])
 
