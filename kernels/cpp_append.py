@@ -19,9 +19,9 @@ def unsupported(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> str 
 
 
 @cache
-def headers() -> str:
+def headers() -> tuple[str, ...]:
     """What every kernel's text starts with."""
-    return "\n".join(file.read_text() for file in FILES)
+    return tuple(file.read_text() for file in FILES)
 
 
 def functions(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> str:

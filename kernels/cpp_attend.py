@@ -33,6 +33,7 @@ class Shape(NamedTuple):
     softcap: float = 0.0
     sinks: bool = False
     mass: bool = False          # whether the weight of each token is asked for
+    stored: bool = True         # whether anything is stored: in a prompt nothing is
 
 
 def arithmetic(dtype: torch.dtype) -> Arithmetic:
@@ -82,29 +83,26 @@ def reader(store: Store, side: SideName, tier: str, dim: int, dtype: torch.dtype
 
 
 @cache
-def headers() -> str:
+def headers() -> tuple[str, ...]:
     """What every kernel's text starts with."""
-    return "\n".join(file.read_text() for file in FILES)
+    return tuple(file.read_text() for file in FILES)
 
 
 def statements(store: Store, shape: Shape, threads: int) -> str:
-    """The kernel's statements: q, k, v, valid, sinks, plane0.., slot -> out, mass.
+    """The statements: q, k, v, valid, sinks, plane0.., slot -> out, mass.
 
     Planes hold all layers of a group, the count first; `slot` points to the layer's number, and
     `member`, where a slot holds several, to the one that attends. `<name>_size` and `_stride` are
     the sizes and strides of a tensor.
     """
-    name = _name(store, shape, threads)
-    dtype = CPP[shape.dtype]
-    pointer = f"const {'float' if dtype == 'float' else 'kvc::' + dtype}*"
-    lines = ["const int64_t batch = q_size[0];", f"using Config = kvc::{name};",
+    own = name(store, shape, threads)
+    lines = ["const int64_t batch = q_size[0];", f"using Config = kvc::{own};",
              "Config::Tiers tiers;",
              *tiers(store, shape.dims, shape.dtype, "tiers.", "slot[0] * batch * Config::H",
                     "member[0]" if store.members > 1 else "")]
-    lines += [f"const auto* q_ = ({pointer})q;", f"const auto* k_ = ({pointer})k;",
-              f"const auto* v_ = ({pointer})v;", f"auto* out_ = (std::remove_const_t<"
-              f"std::remove_pointer_t<{pointer}>>*)out;",
-              "kvc::attend<Config, std::remove_pointer_t<decltype(out_)>>(tiers, plane0 + slot[0] *"
+    lines += [f"const auto* {x}_ = (const Config::T*){x};" for x in "qkv"]
+    lines += ["auto* out_ = (Config::T*)out;",
+              "kvc::attend<Config, Config::T>(tiers, plane0 + slot[0] *"
               f" batch * Config::H, valid, {'sinks' if shape.sinks else 'nullptr'}, batch,",
               "    const_cast<float*>(mass), mass_size[2]," if shape.mass else "    nullptr, 0,"]
     lines += [f"    [&](long b, long h) {{ return {x}_ + b * {x}_stride[0] + h * {x}_stride[1]; }},"
@@ -127,30 +125,34 @@ def config(store: Store, shape: Shape, threads: int) -> str:
         f"static constexpr float SCALE = {float(shape.scale)!r}f, "
         f"SOFTCAP = {float(shape.softcap)!r}f;",
         f"static constexpr bool HAS_SINKS = {_bool(shape.sinks)}, "
-        f"ROUGH = {_bool(shape.dtype is not torch.float32)}, MASS = {_bool(shape.mass)};",
+        f"ROUGH = {_bool(shape.dtype is not torch.float32)}, MASS = {_bool(shape.mass)}, "
+        f"STORED = {_bool(shape.stored)};",
+        f"using T = {number(shape.dtype)};",
     ]
-    members = []
     for side, dim in zip(SIDES, shape.dims, strict=True):
         how, up = store.side(side), side.upper()
         lines.append(f"static constexpr long {up}_BLOCK = {how.block}, {up}_LAG = {how.lag};")
         for tier in TIERS:
-            name = tier.capitalize()
-            if tier not in store.tiers(side):
-                lines.append(f"using {up}{name} = kvc::None;")
-                continue
-            lines.append(f"using {up}{name} = {reader(store, side, tier, dim, shape.dtype)[0]};")
-            members.append(f"{side}_{tier}")
+            held = tier in store.tiers(side)
+            cpp = reader(store, side, tier, dim, shape.dtype)[0] if held else "None"
+            lines.append(f"using {up}{tier.capitalize()} = {cpp};")
             if tier != "sinks":
-                ring = store.ring(side, tier)
+                ring = store.ring(side, tier) if held else None
                 lines.append(f"static constexpr long {up}_{tier.upper()}_RING = "
                              f"{0 if ring is None else ring // PAGE};")
-    lines.append(f"struct Tiers {{ kvc::Tier {', '.join(members)}; }};")
+    every = ", ".join(f"{side}_{tier}" for side in SIDES for tier in TIERS)
+    lines.append(f"struct Tiers {{ kvc::Tier {every}; }};")
     text = "\n    ".join(lines)
-    name = _name(store, shape, threads)
-    return f"namespace kvc {{\nstruct {name} {{\n    {text}\n}};\n}}"
+    own = name(store, shape, threads)
+    return f"namespace kvc {{\nstruct {own} {{\n    {text}\n}};\n}}"
 
 
-def _name(store: Store, shape: Shape, threads: int) -> str:
+def number(dtype: torch.dtype) -> str:
+    """The C++ type of numbers of the model's dtype."""
+    return "float" if dtype is torch.float32 else f"kvc::{CPP[dtype]}"
+
+
+def name(store: Store, shape: Shape, threads: int) -> str:
     """A name of its own for every kernel: several may stand in one file."""
     return "Attend" + sha256(repr((str(store), shape, threads)).encode()).hexdigest()[:12]
 

@@ -187,10 +187,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Ten
 
     Of layers stored together it is the one of number `member` that attends.
 
-    Returns o [B, Hq, S, Dv]; the log-sum-exp of the logits [B, Hq, S] in fp32; and with `mass`
-    [B, H, Store.places + S] in fp32, else [B, H, 0]: what the token of each number gets of the
-    softmax weights, summed over the query heads of its kv head and over S; this call's tokens have
-    the numbers that they will be stored under. 0, -inf and 0 for padding.
+    Returns o [B, Hq, S, Dv], laid out token by token; the log-sum-exp of the logits [B, Hq, S] in
+    fp32; and with `mass` [B, H, Store.places + S] in fp32, else [B, H, 0]: what the token of each
+    number gets of the softmax weights, summed over the query heads of its kv head and over S; this
+    call's tokens have the numbers that they will be stored under. 0, -inf and 0 for padding.
     """
     parsed, (batch, heads_, tokens, _) = Store.parse(store), k.shape
     dims = (k.shape[-1], v.shape[-1])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from kvcompile.alone import Alone
 from kvcompile.backend.inductor import compile_graph
 from kvcompile.backend.linears import merge_linears
 from kvcompile.errors import KVCompileError
@@ -16,7 +17,6 @@ from kvcompile.own_cache import OwnCache
 from kvcompile.planes import Group
 from kvcompile.program import Program
 from kvcompile.rewrite import copy_graph
-from kvcompile.storing import Storing
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Engine:
         self.sites = program.sites
         self._decode: dict[bool, Callable] = {}
         self._graphs: dict[str, GraphModule] = {}
-        self.storing = Storing(compile)
+        self.alone = Alone(compile)
         self.taps: list[Tensor] = []  # what a graph gives beside logits and ok (kvcompile/audit.py)
 
     def run(self, cache: OwnCache, ids: Tensor, positions: Tensor, valid: Tensor,
@@ -72,7 +72,7 @@ class Engine:
     def _eager(self, phase: str, embeds: Tensor | None) -> Callable:
         if phase not in self._graphs:
             gm = self.program.phases[phase]
-            self._graphs[phase] = self.storing.into(gm)
+            self._graphs[phase] = self.alone.into(gm)
         gm = self._graphs[phase]
         return gm if embeds is None else _with_embeddings(gm, embeds)
 

@@ -202,7 +202,7 @@ def test_the_attention_mass_of_each_token(name):
 @pytest.mark.parametrize("name", ["kivi4", "fp8", "nf4", "bf16-symmetric", "fp16"])
 def test_other_machines(name, monkeypatch):
     """The text for machines without AVX-512 gives the same."""
-    text = "#define KVC_PORTABLE\n" + cpp_attend.headers()
+    text = ("#define KVC_PORTABLE\n", *cpp_attend.headers())
     monkeypatch.setattr(cpp_attend, "headers", lambda: text)
     Case(**QUICK[name]).check()
 

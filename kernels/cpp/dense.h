@@ -2,6 +2,11 @@
 // plane's pointer is moved.
 namespace kvc {
 
+template <int D, int N, class T> inline void dense_rows(const T* data, int first, int last, float (*out)[D]) {
+    for (int t = first * 16; t < last * 16; t++)
+        for (int d = 0; d < D; d += 16) store(out[t] + d, load(data + t * (N * D) + d));
+}
+
 template <int D, class T, int N = 1> struct DenseK {
     static constexpr int planes = 1;
     const T* data;
@@ -23,6 +28,8 @@ template <int D, class T, int N = 1> struct DenseK {
             for (int r = 0; r < R; r++) store(out[r] + group * 16, sums(part[r]));
         }
     }
+
+    void rows(int first, int last, float (*out)[D]) const { dense_rows<D, N>(data, first, last, out); }
 };
 
 template <int D, class T, int N = 1> struct DenseV {
@@ -52,6 +59,8 @@ template <int D, class T, int N = 1> struct DenseV {
         for (; from + abreast * 16 <= D; from += abreast * 16) part<R, abreast>(p, share, first * 16, last * 16, from, o);
         for (; from < D; from += 16) part<R, 1>(p, share, first * 16, last * 16, from, o);
     }
+
+    void rows(int first, int last, float (*out)[D]) const { dense_rows<D, N>(data, first, last, out); }
 };
 
 }  // namespace kvc

@@ -51,6 +51,15 @@ template <class Inner, int D, int N, class T> struct Direction {
         for (int r = 0; r < R; r++) raised[r] = share[r] * top;
         inner.template add<R, ROUGH>(x, raised, first, last, o);
     }
+
+    void rows(int first, int last, float (*out)[D]) const {
+        inner.rows(first, last, out);
+        for (int t = first * 16; t < last * 16; t++)
+            for (int d = 0; d < D; d += 16) store(out[t] + d, load(out[t] + d) * set(read(length + t)));
+        for (int i = 0; i < N; i++)
+            if (place[i] >= first * 16 && place[i] < last * 16)
+                for (int d = 0; d < D; d += 16) store(out[place[i]] + d, load(exact + i * D + d));
+    }
 };
 
 }  // namespace kvc
