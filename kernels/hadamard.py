@@ -55,19 +55,19 @@ class Hadamard(Wrapper):
         inside = self.inner_writer(dim, dtype, side)
         return f"HadamardWriter<{inside}, {self.cpp(dim, dtype, side)}, {dim}>"
 
-    def turned(self, dim: int) -> int:
+    def turn_size(self, dim: int) -> int:
         """Kernels may turn q, or the output, in blocks of so many channels and read `inner`."""
         return dim & -dim
 
     def triton(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]) -> str:
         """The tile of decoded numbers (`kernels/triton/wrapper.py`)."""
         inside = self.inner_triton(dim, dtype, side, planes)
-        return f"turn({inside}, N, {padded(dim)}, {self.turned(dim)})"
+        return f"turn({inside}, N, {padded(dim)}, {self.turn_size(dim)})"
 
     def triton_writer(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]
                       ) -> list[str]:
         """Statements that store the tile `x`."""
-        return [f"x = turn(x, N, {padded(dim)}, {self.turned(dim)})",
+        return [f"x = turn(x, N, {padded(dim)}, {self.turn_size(dim)})",
                 *self.inner_triton_writer(dim, dtype, side, planes)]
 
 

@@ -69,7 +69,7 @@ def turns(store: Store, side: Side, dim: int) -> int:
     """The block of channels by which a body wants queries, or outputs, turned; 0: it does not."""
     fmt = store.side(side).format
     held = "body" in store.tiers(side)
-    return int(fmt.turned(dim)) if held and hasattr(fmt, "turned") else 0
+    return int(fmt.turn_size(dim)) if held and hasattr(fmt, "turn_size") else 0
 
 
 def width(store: Store, shape: Shape) -> int:
