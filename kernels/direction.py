@@ -134,9 +134,10 @@ class Direction(Wrapper):
             raise RecipeError(f"direction is of two layers, not of {members}")
         at = len(self.inner.planes(dim, dtype, side))
         inside = self.inner_triton(dim, dtype, side, planes[:at])
-        length, place, exact = [*planes[at:], *planes[at:], *planes[at:]][:3]  # unused without kept
-        return (f"direction({inside}, {length}, {place}, {exact}, member, page, at, keep, N, {dim}, "
-                f"{padded(dim)}, {self.kept})")
+        length, *rest = planes[at:]
+        place, exact = rest or (length, length)  # unused where no token is kept
+        return (f"direction({inside}, {length}, {place}, {exact}, member, page, at, keep, N, "
+                f"{dim}, {padded(dim)}, {self.kept})")
 
     def limit(self, dtype: torch.dtype) -> float:
         return torch.finfo(torch.float16).max / 32  # a length is at most the root of 1,024 numbers

@@ -21,13 +21,13 @@ def begin(store: Store, shape: Shape, cut: Tile) -> list[str]:
         f"place = ((slot * batch + row) * {shape.heads} + head).to(tl.int64)",
         f"first_query = tl.program_id(2) * {cut.queries}",
         f"lanes = tl.arange(0, {m})",
-        f"column, member = first_query + lanes // {g}, lanes % {g}",
+        f"column, group_head = first_query + lanes // {g}, lanes % {g}",
         f"mine = (lanes < {cut.queries * g}) & (column < tokens)",
         "number = tl.load(numbers + row * tokens + column, mask=mine, other=-1)",
         "live = number >= 0",
         "n = tl.load(count + place)",
         f"channel = tl.arange(0, {ts.padded(dk)})",
-        f"q_at = q + row * q_row + (head * {g} + member)[:, None] * q_head + "
+        f"q_at = q + row * q_row + (head * {g} + group_head)[:, None] * q_head + "
         "column[:, None] * q_token + channel[None, :]",
         _load_query(shape),
     ]
@@ -206,7 +206,7 @@ def masses(store: Store, shape: Shape, cut: Tile) -> list[str]:
              "tl.atomic_add(mass + tl.program_id(1).to(tl.int64) * places + position, "
              "tl.sum(p, 0), mask=keep)"]
     g = shape.queries
-    return [f"at = (row * {shape.heads * g} + head * {g} + member) * tokens + column",
+    return [f"at = (row * {shape.heads * g} + head * {g} + group_head) * tokens + column",
             f"whole_sum = tl.load(lse + at, mask=mine & live, other=0.0) * {LOG2E!r}",
             *_loop("start", lines, cut)]
 
@@ -243,8 +243,8 @@ def _tile(store: Store, shape: Shape, side: Side, tier: str) -> tuple[list[str],
 def finish(store: Store, shape: Shape) -> list[str]:
     """Parts [place, token, query head, split, width] and their maxima and sums."""
     dv, all_ = shape.dims[1], width(store, shape)
-    lines = [f"at = ((tl.program_id(1).to(tl.int64) * tokens + column) * {shape.queries} + member) "
-             "* splits + split",
+    lines = ["at = tl.program_id(1).to(tl.int64) * tokens + column",
+             f"at = (at * {shape.queries} + group_head) * splits + split",
              f"c = tl.arange(0, {ts.padded(dv)})",
              f"where = part + at[:, None] * {all_} + c[None, :]",
              f"both = mine[:, None] & (c < {dv})[None, :]",
