@@ -16,7 +16,6 @@ from kvcompile.ir import APPEND, ATTEND, LIB, argument
 from kvcompile.kernels import eager, triton_append, triton_attend, triton_launch, triton_source
 from kvcompile.store import Store
 
-
 REBUILD = ("basis", "offset", "cos", "sin", "style")  # operands of keys that are rebuilt at read
 
 
