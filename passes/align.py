@@ -150,20 +150,20 @@ class _Layer:
         group = len(self.columns) // len(self.k.rows)
         heads = list(found.heads)
         queries = [h * group + i for h in heads for i in range(group)]
-        many = [x.repeat_interleave(group, 0) if x is not None else None
-                for x in (found.k, found.v)]
         old = {n: self._values(n) for n in {x.node for x in (self.q, self.k, self.v)} | {self.out}}
-        new = {n: [x if x is None else x.clone() for x in own] for n, own in old.items()}
-        for linear, order, turn in ((self.q, queries, many[0]), (self.k, heads, found.k),
-                                    (self.v, heads, found.v)):
+        new = {n: [x.clone() for x in own] for n, own in old.items()}
+        turns = [(self.v, heads, found.v)]
+        if found.k is not None:
+            turns += [(self.q, queries, found.k.repeat_interleave(group, 0)),
+                      (self.k, heads, found.k)]
+        for linear, order, turn in turns:
             for before, after in zip(old[linear.node], new[linear.node], strict=True):
-                if before is not None and turn is not None:
-                    x = before[linear.rows[order]]            # [heads, channels, in] or no in
-                    x = x[..., None] if x.dim() == 2 else x
-                    after[linear.rows] = (turn @ x).view(*linear.rows.shape, *after.shape[1:])
+                x = before[linear.rows[order]]                # [heads, channels, in] or no in
+                x = x[..., None] if x.dim() == 2 else x
+                after[linear.rows] = (turn @ x).view(*linear.rows.shape, *after.shape[1:])
         columns = old[self.out][0][:, self.columns[queries]]  # [out, heads, channels]
-        assert many[1] is not None
-        new[self.out][0][:, self.columns] = torch.einsum("ohd,hed->ohe", columns, many[1])
+        new[self.out][0][:, self.columns] = torch.einsum(
+            "ohd,hed->ohe", columns, found.v.repeat_interleave(group, 0))
         for n, values in new.items():
             self._replace(n, values, layer)
 
@@ -176,21 +176,18 @@ class _Layer:
                 raise _Stop(f"'{node.name}' is no linear of parameters")
         return node.args[at], bias, at == 2  # type: ignore[return-value]
 
-    def _values(self, node: Node) -> list[Tensor | None]:
-        """The weight [out, in] and the bias of a linear, in fp64."""
+    def _values(self, node: Node) -> list[Tensor]:
+        """The weight [out, in] and the bias, if there is one, of a linear, in fp64."""
         weight, bias, transposed = self._places(node)
         write = Writer(self.gm, self.node)
         x = write.tensor(str(weight.target)).double()
-        return [x.t().contiguous() if transposed else x.clone(),
-                None if bias is None else write.tensor(str(bias.target)).double().clone()]
+        out = [x.t() if transposed else x]
+        return out if bias is None else [*out, write.tensor(str(bias.target)).double()]
 
-    def _replace(self, node: Node, values: Sequence[Tensor | None], layer: int) -> None:
+    def _replace(self, node: Node, values: Sequence[Tensor], layer: int) -> None:
         weight, bias, transposed = self._places(node)
-        write = Writer(self.gm, self.node)
-        new: dict[Node, Node] = {}
-        for old, value in ((weight, values[0]), (bias, values[1])):
-            if old is None or value is None:
-                continue
+        write, new = Writer(self.gm, self.node), dict[Node, Node]()
+        for old, value in zip([weight] if bias is None else [weight, bias], values, strict=True):
             name = str(old.target)
             value = value.t() if transposed and old is weight else value
             with self.gm.graph.inserting_before(node):

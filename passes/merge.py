@@ -13,12 +13,12 @@ from torch.fx import GraphModule, Node
 
 from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE, format_of, term_of
-from kvcompile.ir import attention_nodes
+from kvcompile.ir import argument, attention_nodes
 from kvcompile.plan import LayerPlan
 from kvcompile.recipe import Term
 from kvcompile.rewrite import Outcome, Refused, Rewritten
 from kvcompile.site import Site, sites
-from kvcompile.store import Side
+from kvcompile.store import Side, Store
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Merge:
                 continue
             why = "" if plan[first].get("merge") == later else f"layer {first} is kept by itself"
             why = why or _difference(known[first], known[later])
+            why = why or next(filter(None, map(_rebuilt, (nodes[first], node))), "")
             if why:
                 outcomes += [Refused(i, why, node.name) for i in (first, later)]
                 continue
@@ -76,6 +77,16 @@ def _side(side: Side, options: dict[str, Any]) -> Side:
     fmt = format_of(Term("direction", (("of", term_of(side.format)), *given)))
     lag = max(0, (side.lag + side.block) // PAGE - 1) * PAGE
     return Side(fmt, max(side.block, PAGE) // PAGE * PAGE, lag)
+
+
+def _rebuilt(node: Node) -> str:
+    """What is stored instead of a layer's K and V, if anything is."""
+    layer = f"layer {argument(node, 'layer')}"
+    if Store.parse(argument(node, "store")).v_in_k:
+        return f"{layer} stores one latent for K and V"
+    if any(argument(node, name) is not None for name in ("basis", "cos")):
+        return f"the keys of {layer} are rebuilt when they are read"
+    return ""
 
 
 def _difference(a: Site, b: Site) -> str:

@@ -22,7 +22,8 @@ RECIPES = (
     "minicache(start=0.9)+kivi(bits=4)", "minicache+kivi(bits=4)", "minicache+kivi(bits=2)",
     "minicache(retained=0.2)", "minicache(retained=0.5)",
     *(f"kvsharer(shared={n}, threshold=-1)" for n in (1, 2, 4)), "kvsharer(shared=2)",
-    "kvsharer(shared=2, threshold=-1)+int8")
+    "kvsharer(shared=2, threshold=-1)+int8",
+    *(f"minicache(start={start}, align=true)" for start in (0.9, 0.8, 0.7, 0.5)))
 
 
 def texts(tokenizer) -> torch.Tensor:
@@ -51,11 +52,13 @@ def main(recipes: tuple[str, ...]) -> None:
     exact = kvcompile.optimize(model, "full", compile=False)
     _, want, _ = score(exact, ids)
     print("| recipe | of 16 bits at 4,096 tokens | perplexity | agreement |\n|---|---|---|---|")
-    full = kvcompile.explain(exact).baseline_kv_bytes(4096)
+    half = kvcompile.optimize(smollm2(torch.bfloat16)[0], "full", compile=False)
+    full = kvcompile.explain(half).baseline_kv_bytes(4096)
     for recipe in recipes:
         shared = kvcompile.optimize(exact, recipe, compile=False, calibration=calibration)
         loss, got, _ = score(shared, ids)
-        share = kvcompile.explain(shared).kv_bytes(4096) / full
+        found = str(shared.kvcompile.program.recipe)
+        share = kvcompile.explain(half, found).kv_bytes(4096) / full
         agree = float((got == want).float().mean())
         print(f"| `{recipe}` | {share:.1%} | {math.exp(loss):.2f} | {agree:.1%} |", flush=True)
 
