@@ -134,3 +134,15 @@ def test_layers_that_share_k_and_v_share_the_latent():
     shared = made.snapshots["share"]
     want, got = stateless(shared, ids), stateless(made.graph_module, ids)
     assert (want - got).abs().max() <= 256 * 2**-23 * want.abs().max()
+
+
+def test_the_compiled_step_reads_latents_by_the_kernel():
+    """48 numbers and a rotary key of 16: V is read from K's pages."""
+    from kvcompile.rows import fused
+
+    base = tiny("deepseek_v2", num_hidden_layers=1, kv_lora_rank=48, qk_rope_head_dim=16,
+                head_dim=16)
+    model = kvcompile.optimize(base, "full")
+    assert [fused(site) for site in model.kvcompile.engine.sites] == [{}]
+    ids = prompt(140)
+    assert torch.equal(greedy(model, ids, 8), greedy(base, ids, 8))
