@@ -49,6 +49,8 @@ def missing(store: Store, dims: tuple[int, int], dtype: torch.dtype, what: str) 
     """Why a tier has no Triton reader or writer, `what`; or None."""
     if dtype not in TRITON:
         return f"no kernel for {str(dtype).removeprefix('torch.')}"
+    if store.v_in_k:
+        return f"V is part of K, which has no Triton {what}"
     other = next((f.name for f in fields(store) if f.name not in UNDERSTOOD
                   and getattr(store, f.name) != f.default), None)
     if other:
