@@ -258,8 +258,5 @@ class KVCache(Cache):
             new._register()
         new.groups = []
         for group in self.groups:
-            twin = copy.copy(group)
-            twin.planes = [p.clone() for p in group.planes]
-            twin.pages = {key: list(n) for key, n in group.pages.items()}
-            new.groups.append(twin)
+            new.groups.append(group.copy())
         return new

@@ -21,6 +21,7 @@ class Site:
     dtype: torch.dtype
     window: int
     store: Store
+    rule: str = ""  # which tokens stay (kvcompile/rule.py), where scores decide
 
     @property
     def exact_bytes_per_token(self) -> int:
@@ -37,11 +38,12 @@ def groups(sites: Sequence[Site]) -> list[list[int]]:
     """Layers whose planes are alike, by number, in order of the first; a slot is an index there."""
     alike: dict[tuple, list[int]] = {}
     for i, site in enumerate(sites):
-        alike.setdefault((site.store, site.heads, site.dims, site.dtype), []).append(i)
+        alike.setdefault((site.store, site.heads, site.dims, site.dtype, bool(site.rule)), []).append(i)
     return list(alike.values())
 
 
 def _site(layer: int, node: Node) -> Site:
     q, k, v = (argument(node, n).meta["val"] for n in "qkv")
     return Site(layer, int(q.shape[1]), int(k.shape[1]), (int(k.shape[3]), int(v.shape[3])),
-                k.dtype, argument(node, "window"), Store.parse(argument(node, "store")))
+                k.dtype, argument(node, "window"), Store.parse(argument(node, "store")),
+                argument(node, "rule"))

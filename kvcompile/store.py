@@ -14,7 +14,7 @@ ring over its pages.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from math import lcm
 from typing import NamedTuple
@@ -27,6 +27,7 @@ from kvcompile.format import Side as SideName
 from kvcompile.recipe import Term, parse_term
 
 DENSE = Term("dense")
+SLOTS = "slots"  # beside K and V: what is known of the token in each place
 SIDES: tuple[SideName, ...] = ("k", "v")
 
 
@@ -74,6 +75,7 @@ class Store:
     v: Side
     sinks: int = 0
     window: int = 0
+    slots: bool = False
 
     @staticmethod
     @cache
@@ -83,7 +85,8 @@ class Store:
         axes = {f"{axis}.{s}": term.get(name) for s in SIDES
                 for axis, name in (("format", s), ("block", f"{s}_block"), ("lag", f"{s}_lag"))}
         axes |= {name: term.get(name) for name in ("sinks", "window")}
-        return Store.of({a: v for a, v in axes.items() if v is not None})
+        store = Store.of({a: v for a, v in axes.items() if v is not None})
+        return replace(store, slots=True) if term.get("slots") else store
 
     @staticmethod
     def of(axes: Mapping[str, object], own: int = 0) -> "Store":
@@ -114,7 +117,7 @@ class Store:
                 args.append((f"{name}_block", side.block))
             if side.lag:
                 args.append((f"{name}_lag", side.lag))
-        args += [(n, getattr(self, n)) for n in ("sinks", "window") if getattr(self, n)]
+        args += [(n, getattr(self, n)) for n in ("sinks", "window", "slots") if getattr(self, n)]
         return str(Term("store", tuple(args)))  # type: ignore[arg-type]
 
     def side(self, name: str) -> Side:
@@ -168,6 +171,8 @@ class Store:
 
     def ring(self, name: str, tier: str) -> int | None:
         """Tokens that the tier's pages hold at most, in whole pages; None: unbounded."""
+        if name == SLOTS:
+            return None
         side = self.side(name)
         if tier == "sinks":
             return _pages(self.sinks) * PAGE
@@ -179,6 +184,8 @@ class Store:
 
     def pages(self, name: str, tier: str, count: int) -> int:
         """Pages that the tier takes in one (batch, kv head) once `count` tokens have arrived."""
+        if name == SLOTS:
+            return _pages(count)
         pages = _pages(self.spans(name, count)[tier].end)
         ring = self.ring(name, tier)
         return pages if ring is None else min(pages, ring // PAGE)
@@ -188,7 +195,9 @@ class Store:
         """The tensors of the store in order, for head dimensions (Dk, Dv).
 
         `count` is int32 [layers, batch, kv heads]; for each tier a `table`, int32 [layers, batch,
-        kv heads, pages], and the format's planes, pools [pages, PAGE // step, *shape].
+        kv heads, pages], and the format's planes, pools [pages, PAGE // step, *shape]. With
+        `slots` there follow, paged alike, the position id and the score of every token, by its
+        number, and the number of tokens that a head may hold, `limit`.
         """
         planes = [Plane("count", torch.int32, ())]
         for name, dim in zip(SIDES, dims, strict=True):
@@ -198,6 +207,11 @@ class Store:
                 for plane, spec in fmt.planes(dim, dtype, name).items():
                     planes.append(
                         Plane(f"{name}.{tier}.{plane}", spec.dtype, spec.page(fmt.step)))
+        if self.slots:
+            planes += [Plane("slots.all.table", torch.int32, ()),
+                       Plane("slots.all.position", torch.int32, (PAGE,)),
+                       Plane("slots.all.score", torch.float32, (PAGE,)),
+                       Plane("limit", torch.int32, ())]
         return tuple(planes)
 
     def nbytes(self, dims: tuple[int, int], dtype: torch.dtype, heads: int, counts: list[int],
@@ -215,6 +229,9 @@ class Store:
                 pages = [self.pages(name, tier, n) for n in most]
                 total += heads * sum(pages) * (PAGE // fmt.step) * per_step
                 total += 4 * heads * len(counts) * max(pages, default=0)
+        if self.slots:
+            pages = [_pages(n) for n in most]
+            total += heads * (8 * PAGE * sum(pages) + 4 * len(counts) * (1 + max(pages, default=0)))
         return total
 
     def limit(self, name: str, dtype: torch.dtype) -> float:

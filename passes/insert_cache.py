@@ -1,6 +1,7 @@
 """insert_cache: the stateless graph becomes one that reads and fills a cache.
 
     prefill   o = attention(q, k, v); append(planes, k, v)         an empty cache, any S
+              with a rule: keep(score(q, k, v), k, v) instead of append, to be stored afterwards
     extend    o = attend(q, k, v, planes); ...; append(planes, all k, all v)    S >= 1 tokens more
 
 Layers of equal storage form a group, whose planes become inputs, group by group in `Store.planes`
@@ -12,15 +13,17 @@ all are (extend, which stores each group at its very end): so a call either coun
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from kvcompile.ir import APPEND, ATTEND, STORABLE, argument, attention_nodes
+from kvcompile.beside import output_weight, rotary
+from kvcompile.ir import APPEND, ATTEND, EVICT, KEEP, SCORE, STORABLE, argument, attention_nodes
 from kvcompile.plan import LayerPlan
 from kvcompile.rewrite import Outcome, Rewritten
+from kvcompile.rule import Rule
 from kvcompile.site import Site, groups, sites
 from kvcompile.store import SIDES
 
@@ -45,7 +48,7 @@ class InsertCache:
                   for number, layers in enumerate(groups(known))]
         ok = (_prefill if self.phase == "prefill" else _extend)(graph, nodes, known, shared)
         output = graph.output_node()
-        output.args = ((output.args[0], ok),)
+        output.args = ((output.args[0], *ok),)
         return [Rewritten(site.layer, self.phase) for site in known]
 
 
@@ -56,39 +59,94 @@ class Shared(NamedTuple):
     planes: list[Node]
 
 
-def _prefill(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list[Shared]) -> Node:
-    """Store each layer right before its attention, to exact K and V; bool [layers]."""
+def _prefill(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list[Shared]
+             ) -> list[Any]:
+    """Store each layer right before its attention, to exact K and V; bool [layers].
+
+    What layers with a rule keep is a second output: what kvc.keep returns, for each of them.
+    """
     place = {layer: (own.planes, slot) for own in shared for slot, layer in enumerate(own.layers)}
     fine: list[Node] = []
+    chosen = Chosen(graph) if any(site.rule for site in sites) else None
     for site, node in zip(sites, nodes, strict=True):
         with graph.inserting_before(node):
             fine.append(_storable(graph, [node], [site]))
             if len(fine) > 1:
                 fine[-1] = _call(graph, aten.logical_and.default, *fine[-2:])
-            allowed = _call(graph, aten.bitwise_and.Tensor, argument(node, "valid"), fine[-1])
-            planes, slot = place[site.layer]
-            _append(graph, planes, [node], [slot], allowed)
-        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "store"}
+            if site.rule and chosen:
+                chosen.score(node, site)
+            else:
+                allowed = _call(graph, aten.bitwise_and.Tensor, argument(node, "valid"), fine[-1])
+                planes, slot = place[site.layer]
+                _append(graph, planes, [node], [slot], allowed)
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k not in ("store", "rule")}
     with graph.inserting_before(graph.output_node()):
-        return _call(graph, aten.cat.default, fine)
+        return [_call(graph, aten.cat.default, fine), *([chosen.kept()] if chosen else [])]
 
 
-def _extend(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list[Shared]) -> Node:
+class Chosen:
+    """Writes what layers with a rule keep of a prompt: kvc.score at once; kvc.keep at once too, or
+    where a budget spans layers at the end of the graph."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph, self.found = graph, dict[int, list[Node]]()
+        self.waiting: dict[str, list[tuple[Site, Node, Node]]] = {}
+        last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+        with graph.inserting_after(last):
+            self.hints = graph.placeholder("hints")
+
+    def score(self, node: Node, site: Site) -> None:
+        """Score a layer's tokens, before `node`, its attention."""
+        rule, (angles, style) = Rule.parse(site.rule), rotary(node)
+        weight = output_weight(node, self.graph) if "weight" in rule.needs else None
+        given = [argument(node, n) for n in ("q", "k", "v", "positions", "valid")]
+        both = _call(self.graph, SCORE, *given, self.hints, weight, angles, rule=site.rule,
+                     scale=argument(node, "scale"), softcap=argument(node, "softcap"), style=style)
+        if rule.budgeter.across:
+            key = str(replace(rule, layer=0, budget=rule.budgeter.name))
+            self.waiting.setdefault(key, []).append((site, node, both))
+        else:
+            self._keep([(site, node, both)])
+
+    def _keep(self, layers: list[tuple[Site, Node, Node]]) -> None:
+        first, (angles, style) = layers[0][1], rotary(layers[0][1])
+        scores, measures = ([_call(self.graph, operator.getitem, both, i) for *_, both in layers]
+                            for i in (0, 1))
+        k, v = ([argument(node, side) for _, node, _ in layers] for side in SIDES)
+        every = _call(self.graph, KEEP, scores, measures, k, v, argument(first, "positions"),
+                      argument(first, "valid"), self.hints, angles,
+                      rules=[site.rule for site, *_ in layers], style=style)
+        parts = [_call(self.graph, operator.getitem, every, i) for i in range(4)]
+        for i, (site, *_) in enumerate(layers):
+            self.found[site.layer] = [_call(self.graph, operator.getitem, p, i) for p in parts]
+
+    def kept(self) -> list[list[Node]]:
+        """K, V, columns and scores of each layer with a rule, in order."""
+        for layers in self.waiting.values():
+            self._keep(layers)
+        return [self.found[layer] for layer in sorted(self.found)]
+
+
+def _extend(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list[Shared]
+            ) -> list[Any]:
     """Attend to what is stored, and store all layers of a group together at the end."""
+    mass: dict[int, Node] = {}
     for own in shared:
         for slot, layer in enumerate(own.layers):
             with graph.inserting_before(nodes[layer]):
-                _attend(graph, nodes[layer], own.planes, slot)
+                mass[layer] = _attend(graph, nodes[layer], own.planes, slot)
     with graph.inserting_before(graph.output_node()):
         ok = _storable(graph, nodes, sites)
         allowed = _call(graph, aten.bitwise_and.Tensor, argument(nodes[0], "valid"),
                         _call(graph, aten.all.default, ok))
         for own in shared:
-            _append(graph, own.planes, [nodes[i] for i in own.layers], [*range(len(own.layers))],
-                    allowed)
+            layers = [nodes[i] for i in own.layers]
+            _append(graph, own.planes, layers, [*range(len(own.layers))], allowed)
+            if sites[own.layers[0]].store.slots:
+                _evict(graph, own.planes, layers, [mass[i] for i in own.layers], allowed)
     for node in nodes:
         graph.erase_node(node)
-    return ok
+    return [ok]
 
 
 def _call(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
@@ -120,7 +178,15 @@ def _append(graph: Graph, planes: list[Node], nodes: list[Node], slots: list[int
           store=argument(nodes[0], "store"), slots=slots)
 
 
-def _attend(graph: Graph, node: Node, planes: list[Node], slot: int) -> None:
+def _evict(graph: Graph, planes: list[Node], nodes: list[Node], mass: list[Node], valid: Node
+           ) -> None:
+    k, v = ([argument(n, side) for n in nodes] for side in SIDES)
+    _call(graph, EVICT, planes, mass, k, v, argument(nodes[0], "positions"), valid,
+          store=argument(nodes[0], "store"), rules=[argument(n, "rule") for n in nodes],
+          slots=[*range(len(nodes))])
+
+
+def _attend(graph: Graph, node: Node, planes: list[Node], slot: int) -> Node | None:
     q, k, v, positions, valid, sinks = (
         argument(node, n) for n in ("q", "k", "v", "positions", "valid", "sinks"))
     options = {n: argument(node, n) for n in ("scale", "window", "softcap", "store")}
