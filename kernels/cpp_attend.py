@@ -29,6 +29,7 @@ class Shape(NamedTuple):
     window: int = 0
     softcap: float = 0.0
     sinks: bool = False
+    mass: bool = False          # whether the weight of each token is asked for
 
 
 def unsupported(store: Store, shape: Shape) -> str | None:
@@ -62,7 +63,7 @@ def headers() -> str:
 
 
 def statements(store: Store, shape: Shape, threads: int) -> str:
-    """The kernel's statements: q, k, v, valid, sinks, plane0.. (the count first) and slot -> out.
+    """The kernel's statements: q, k, v, valid, sinks, plane0.. (the count first), slot -> out, mass.
 
     Planes hold all layers of a group; `slot` points to the layer's number. `<name>_size` and
     `_stride` are the sizes and strides of a tensor.
@@ -78,7 +79,8 @@ def statements(store: Store, shape: Shape, threads: int) -> str:
               f"const auto* v_ = ({pointer})v;", f"auto* out_ = (std::remove_const_t<"
               f"std::remove_pointer_t<{pointer}>>*)out;",
               "kvc::attend<Config, std::remove_pointer_t<decltype(out_)>>(tiers, plane0 + slot[0] *"
-              f" batch * Config::H, valid, {'sinks' if shape.sinks else 'nullptr'}, batch,"]
+              f" batch * Config::H, valid, {'sinks' if shape.sinks else 'nullptr'}, batch,",
+              "    const_cast<float*>(mass), mass_size[2]," if shape.mass else "    nullptr, 0,"]
     lines += [f"    [&](long b, long h) {{ return {x}_ + b * {x}_stride[0] + h * {x}_stride[1]; }},"
               for x in "qkv"]
     lines.append("    [&](long b, long h) { return out_ + (b * Config::H * Config::G + h) * "
@@ -99,7 +101,7 @@ def config(store: Store, shape: Shape, threads: int) -> str:
         f"static constexpr float SCALE = {float(shape.scale)!r}f, "
         f"SOFTCAP = {float(shape.softcap)!r}f;",
         f"static constexpr bool HAS_SINKS = {_bool(shape.sinks)}, "
-        f"ROUGH = {_bool(shape.dtype is not torch.float32)};",
+        f"ROUGH = {_bool(shape.dtype is not torch.float32)}, MASS = {_bool(shape.mass)};",
     ]
     members = []
     for side, dim in zip(SIDES, shape.dims, strict=True):

@@ -47,6 +47,21 @@ def attend_row(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softc
     return o, torch.cat(lses, 2).reshape(hq, s)
 
 
+def mass(q: Tensor, k: Tensor, lse: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+    """[H, T]: what each token gets of the softmax weights, summed over its kv head's queries."""
+    (hq, s, _), (h, t, _) = q.shape, k.shape
+    folded, total = q.reshape(h, hq // h, s, -1), k.new_zeros(h, t, dtype=torch.float32)
+    for start in range(0, s, CHUNK):
+        rows = folded[:, :, start : start + CHUNK].float()
+        logits = torch.einsum("hgsd,htd->hgst", rows, k.float()) * scale
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        seen = visible(s, t, window, start, q.device)[: rows.shape[2]]
+        own = lse.view(h, hq // h, s, 1)[:, :, start : start + CHUNK]
+        total += torch.exp(logits - own).masked_fill(~seen, 0).sum((1, 2))
+    return total
+
+
 def causal(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float,
            sinks: Tensor | None) -> Tensor:
     """o [B, Hq, S, Dv] for S queries that are all the tokens there are; torch's SDPA if it can."""

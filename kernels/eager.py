@@ -13,6 +13,7 @@ from kvcompile.format import Side
 from kvcompile.ir import body
 from kvcompile.kernels import pages
 from kvcompile.kernels.dense_attention import attend_row, causal, decode
+from kvcompile.kernels.dense_attention import mass as weight_of
 from kvcompile.store import SIDES, Store
 
 
@@ -161,18 +162,24 @@ def storable(k: list[Tensor], v: list[Tensor], k_limits: list[float], v_limits: 
 @body("attend")
 def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Tensor,
            valid: Tensor, sinks: Tensor | None, *, scale: float, window: int = 0,
-           softcap: float = 0.0, store: str, slot: int = 0, layer: int = 0
-           ) -> tuple[Tensor, Tensor]:
+           softcap: float = 0.0, store: str, slot: int = 0, layer: int = 0, mass: bool = False
+           ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention over what is stored and, causally, over this call's exact tokens.
 
-    Returns o [B, Hq, S, Dv] and the log-sum-exp of the logits [B, Hq, S] in fp32; 0 and -inf for
-    padding.
+    Returns o [B, Hq, S, Dv]; the log-sum-exp of the logits [B, Hq, S] in fp32; and with `mass`
+    [B, H, Store.places + S] in fp32, else [B, H, 0]: what the token of each number gets of the
+    softmax weights, summed over the query heads of its kv head and over S; this call's tokens have
+    the numbers that they will be stored under. 0, -inf and 0 for padding.
     """
-    parsed = Store.parse(store)
+    parsed, (batch, heads_, tokens, _) = Store.parse(store), k.shape
     count, tiers = _tiers(parsed, planes, k, v, [slot])
-    group = q.shape[1] // k.shape[1]
+    group = q.shape[1] // heads_
     o = q.new_zeros(*q.shape[:-1], v.shape[-1])
     lse = torch.full(q.shape[:-1], -torch.inf, device=q.device)
+    dims = (k.shape[-1], v.shape[-1])
+    sizes = [x.shape for x in planes]
+    places = parsed.places(dims, k.dtype, sizes) + tokens if mass else 0
+    weights = q.new_zeros(batch, heads_, places, dtype=torch.float32)
     for row, keep in enumerate(valid):
         every = bool(keep.all())
         for heads, n in _runs(count[row]):
@@ -193,4 +200,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Ten
                 o[row, queries], lse[row, queries] = out
             else:
                 o[row, queries][:, keep], lse[row, queries][:, keep] = out
-    return o, lse
+            if mass:
+                all_k = torch.cat([old[0], new[1]], 1)
+                weights[row, heads, : all_k.shape[1]] = weight_of(new[0], all_k, out[1], scale,
+                                                                  window, softcap)
+    return o, lse, weights

@@ -58,7 +58,7 @@ def decode(cache: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, 
                                  "takes full rows only: use kvcompile.optimize for padded batches")
     count = int(own.planes[0][0, 0, 0])
     positions, valid = _columns(k, count)
-    o, _ = ATTEND(q, k, v, own.planes, positions, valid, None, scale=scale, window=window,
+    o, *_ = ATTEND(q, k, v, own.planes, positions, valid, None, scale=scale, window=window,
                   store=str(own.site.store), layer=layer)
     _store(own, k, v, count)
     return o

@@ -30,6 +30,8 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
+from kvcompile.store import Store
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 LIB = torch.library.Library("kvc", "DEF")
@@ -51,7 +53,7 @@ LIB.define(
 )
 LIB.define(
     "evict(Tensor(a!)[] planes, Tensor[] mass, Tensor[] k, Tensor[] v, Tensor positions, "
-    "Tensor valid, *, str store, str[] rules, int[] slots) -> ()"
+    "Tensor valid, *, str store, str[] rules, int[] slots, int group=1) -> ()"
 )
 LIB.define("rope(Tensor x, Tensor cos, Tensor sin, *, str style) -> Tensor")
 LIB.define(
@@ -61,7 +63,7 @@ LIB.define(
 LIB.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor[] planes, Tensor positions, Tensor valid, "
     "Tensor? sinks, *, float scale, int window=0, float softcap=0.0, str store, int slot=0, "
-    "int layer=0) -> (Tensor, Tensor)"
+    "int layer=0, bool mass=False) -> (Tensor, Tensor, Tensor)"
 )
 LIB.define("storable(Tensor[] k, Tensor[] v, float[] k_limits, float[] v_limits) -> Tensor")
 LIB.define(
@@ -111,10 +113,14 @@ def _(planes, k, v, positions, valid, *, store, slots):  # type: ignore[no-untyp
 @torch.library.register_fake("kvc::attend", lib=LIB)
 def _(  # type: ignore[no-untyped-def]
     q, k, v, planes, positions, valid, sinks, *, scale, window=0, softcap=0.0, store, slot=0,
-    layer=0,
+    layer=0, mass=False,
 ):
     o = q.new_empty(*q.shape[:-1], v.shape[-1])
-    return o, q.new_empty(q.shape[:-1], dtype=torch.float32)
+    dims, (batch, heads) = (k.shape[-1], v.shape[-1]), k.shape[:2]
+    sizes = [x.shape for x in planes]
+    places = Store.parse(store).places(dims, k.dtype, sizes) + q.shape[2] if mass else 0
+    return (o, *(q.new_empty(shape, dtype=torch.float32)
+                 for shape in (q.shape[:-1], (batch, heads, places))))
 
 
 @torch.library.register_fake("kvc::storable", lib=LIB)
@@ -123,7 +129,7 @@ def _(k, v, k_limits, v_limits):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("kvc::evict", lib=LIB)
-def _(planes, mass, k, v, positions, valid, *, store, rules, slots):  # type: ignore[no-untyped-def]
+def _(planes, mass, k, v, positions, valid, *, store, rules, slots, group=1):  # type: ignore[no-untyped-def]
     return None
 
 

@@ -143,6 +143,11 @@ class Rule:
         turned = {"angles"} if self.positions != "original" else set()
         return {*self.scorer.needs, *turned}
 
+    @property
+    def observes(self) -> bool:
+        """Whether scores change with what each step attends to."""
+        return self.every > 0 and hasattr(self.scorer, "observe")
+
     def protected(self, budget: int) -> int:
         """Newest tokens that stay where a head keeps `budget`."""
         return int(self.recent * budget) if isinstance(self.recent, float) else self.recent

@@ -13,11 +13,11 @@ A tier is a pool of pages of 128 tokens of one kv head, and an int32 page table
 ring over its pages.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from math import lcm
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -233,6 +233,16 @@ class Store:
             pages = [_pages(n) for n in most]
             total += heads * (8 * PAGE * sum(pages) + 4 * len(counts) * (1 + max(pages, default=0)))
         return total
+
+    def places(self, dims: tuple[int, int], dtype: torch.dtype, sizes: Sequence[Sequence[Any]]
+               ) -> Any:
+        """Token numbers that fit into K's pages, for planes of these sizes; none is dropped."""
+        if self.window:
+            raise RecipeError(f"{self}: attention mass is told by token number, of which a window "
+                              "keeps only the last")
+        return PAGE * sum(size[3] for spec, size in
+                          zip(self.planes(dims, dtype), sizes, strict=True)
+                          if spec.name.startswith("k.") and spec.name.endswith(".table"))
 
     def limit(self, name: str, dtype: torch.dtype) -> float:
         """The largest magnitude that K (or V) may have."""

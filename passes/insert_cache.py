@@ -130,7 +130,7 @@ class Chosen:
 def _extend(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list[Shared]
             ) -> list[Any]:
     """Attend to what is stored, and store all layers of a group together at the end."""
-    mass: dict[int, Node] = {}
+    mass: dict[int, Node | None] = {}
     for own in shared:
         for slot, layer in enumerate(own.layers):
             with graph.inserting_before(nodes[layer]):
@@ -143,7 +143,8 @@ def _extend(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list
             layers = [nodes[i] for i in own.layers]
             _append(graph, own.planes, layers, [*range(len(own.layers))], allowed)
             if sites[own.layers[0]].store.slots:
-                _evict(graph, own.planes, layers, [mass[i] for i in own.layers], allowed)
+                _evict(graph, own.planes, layers, [m for i in own.layers if (m := mass[i])],
+                       allowed)
     for node in nodes:
         graph.erase_node(node)
     return [ok]
@@ -181,20 +182,26 @@ def _append(graph: Graph, planes: list[Node], nodes: list[Node], slots: list[int
 def _evict(graph: Graph, planes: list[Node], nodes: list[Node], mass: list[Node], valid: Node
            ) -> None:
     k, v = ([argument(n, side) for n in nodes] for side in SIDES)
+    group = nodes[0].args[0].meta["val"].shape[1] // k[0].meta["val"].shape[1]
     _call(graph, EVICT, planes, mass, k, v, argument(nodes[0], "positions"), valid,
           store=argument(nodes[0], "store"), rules=[argument(n, "rule") for n in nodes],
-          slots=[*range(len(nodes))])
+          slots=[*range(len(nodes))], group=int(group))
 
 
 def _attend(graph: Graph, node: Node, planes: list[Node], slot: int) -> Node | None:
+    """What each token gets of the softmax weights, where the layer's scores are made of that."""
     q, k, v, positions, valid, sinks = (
         argument(node, n) for n in ("q", "k", "v", "positions", "valid", "sinks"))
     options = {n: argument(node, n) for n in ("scale", "window", "softcap", "store")}
-    both = _call(graph, ATTEND, q, k, v, planes, positions, valid, sinks, **options, slot=slot,
-                 layer=argument(node, "layer"))
-    o = _call(graph, operator.getitem, both, 0)
+    rule = argument(node, "rule")
+    if rule and Rule.parse(rule).observes:
+        options["mass"] = True
+    every = _call(graph, ATTEND, q, k, v, planes, positions, valid, sinks, **options, slot=slot,
+                  layer=argument(node, "layer"))
+    o = _call(graph, operator.getitem, every, 0)
     o.meta = dict(node.meta)
     node.replace_all_uses_with(o)
+    return _call(graph, operator.getitem, every, 2) if "mass" in options else None
 
 
 PHASES = {phase: InsertCache(phase) for phase in ("prefill", "extend")}

@@ -43,7 +43,7 @@ class Case:
         self.sinks = torch.randn(heads * group, generator=g) if options.pop("sinks", 0) else None
         self.shape = cpp_attend.Shape(heads, group, dims, dtype, dims[0]**-0.5,
                                       options.get("window", 0), options.get("softcap", 0.0),
-                                      self.sinks is not None)
+                                      self.sinks is not None, options.get("mass", False))
 
     def arguments(self, q, k, v):
         options = dict(scale=self.shape.scale, store=str(self.store), slot=1, **self.options)
@@ -60,18 +60,20 @@ class Case:
         _, options = self.arguments(self.q, self.k, self.v)
         both = graph.call_function(
             ATTEND, (*nodes[:3], planes, positions, valid, sinks[0] if sinks else None), options)
-        graph.output((graph.call_function(operator.getitem, (both, 0)),))
+        graph.output(tuple(graph.call_function(operator.getitem, (both, i))
+                           for i in ((0, 2) if self.shape.mass else (0,))))
         rows = [[0]] * 3 + [[1]] + [[0] if s.shape else [1, 3] for s in self.layers.specs[1:]]
         rows += [[0], [0]] + [[]] * len(sinks)
         dynamic = [[d for d in dims if x.shape[d] > 1] for x, dims in zip(flat, rows, strict=True)]
         gm = torch.fx.GraphModule({}, graph)
         with torch.no_grad(), config.patch(force_disable_caches=True):
             run, texts = run_and_get_code(lambda: compile_graph(gm, flat, dynamic))
-            return run(*flat)[0], "".join(texts)
+            o, *self.mass = run(*flat)
+            return o, "".join(texts)
 
     def check(self):
         given, options = self.arguments(*(x.float() for x in (self.q, self.k, self.v)))
-        want, _ = ATTEND(*given, **options)
+        want, *_ = ATTEND(*given, **options)
         got, texts = self.fused()
         assert "kvc::attend<" in texts, "the plain body was run"
         error = (got.float() - want).abs().max()
@@ -165,6 +167,25 @@ def test_padding_gets_zeros_and_a_batch_is_its_rows():
     assert torch.isfinite(alone.check()).all() and torch.isfinite(every.check()).all()
 
 
+@pytest.mark.parametrize("name", ["kivi4", "dense", "bf16"])
+def test_the_attention_mass_of_each_token(name):
+    """What each number gets of the weights of its kv head's queries, the query's own included."""
+    case = Case(**QUICK[name], mass=True)
+    case.layers.planes[0][1, 3, 1] = 17
+    case.valid[5] = False
+    got = case.check()
+    assert not got[5].any() and not case.mass[0][5].any()
+    given, options = case.arguments(*(x.float() for x in (case.q, case.k, case.v)))
+    want = ATTEND(*given, **options)[2]
+    assert case.mass[0].shape == want.shape
+    assert (case.mass[0] - want).abs().max() <= case.tolerance(torch.ones(1)) * case.shape.queries
+    held = case.layers.planes[0][1] + 1
+    places = torch.arange(want.shape[2])
+    assert not case.mass[0][places.expand_as(want) >= held[..., None]].any()
+    total = case.mass[0].sum(2)[case.valid[:, 0]]
+    assert (total - case.shape.queries).abs().max() <= 1e-4 * case.shape.queries
+
+
 @pytest.mark.parametrize("name", ["kivi4", "fp8", "nf4", "bf16-symmetric", "fp16"])
 def test_other_machines(name, monkeypatch):
     """The text for machines without AVX-512 gives the same."""
@@ -182,7 +203,7 @@ def test_what_has_no_kernel_says_why(store, dims, names):
     assert names in cpp_attend.unsupported(Store.parse(store), shape)
     case = Case(store, dims=dims)
     given, options = case.arguments(case.q, case.k, case.v)
-    want, _ = ATTEND(*given, **options)
+    want, *_ = ATTEND(*given, **options)
     got, texts = case.fused()
     assert "kvc::attend<" not in texts
     assert torch.equal(got, want)

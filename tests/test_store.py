@@ -39,7 +39,7 @@ def step(lay: Group, q, k, v, pos, valid, counts, window=0):
     """attend, then append, as the extend graph does; returns o."""
     lay.reserve([n + int(m) for n, m in zip(counts, valid.sum(1), strict=True)])
     options = dict(store=str(lay.site.store))
-    o, _ = ATTEND(q, k, v, lay.planes, pos, valid, None, scale=DIM**-0.5, window=window, **options)
+    o, *_ = ATTEND(q, k, v, lay.planes, pos, valid, None, scale=DIM**-0.5, window=window, **options)
     APPEND(lay.planes, [k], [v], pos, valid, slots=[0], **options)
     return o
 
@@ -151,7 +151,7 @@ def test_layers_of_a_group_are_as_alone(store):
         every.reserve(counts)
         options = dict(store=str(store))
         for i in range(layers):
-            o, _ = ATTEND(q[i], k[i], v[i], every.planes, pos, valid, None, scale=DIM**-0.5,
+            o, *_ = ATTEND(q[i], k[i], v[i], every.planes, pos, valid, None, scale=DIM**-0.5,
                           slot=i, **options)
             assert torch.equal(o, alone[i])
         APPEND(every.planes, k[:2], v[:2], pos, valid, slots=[0, 1], **options)

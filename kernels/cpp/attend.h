@@ -78,12 +78,36 @@ constexpr float LOG2E = 1.44269504088896341f;
 template <class C> constexpr float SCALE = C::SOFTCAP != 0.0f ? C::SCALE : C::SCALE * LOG2E;
 template <class C> inline float capped(float x) { return C::SOFTCAP * std::tanh(x / C::SOFTCAP) * LOG2E; }
 
+// The logits of one kv head by token number, where the weights that they become are asked for.
+template <class C> struct Mass {
+    float* logits;  // [G][places]; null: not asked for
+    long places;
+
+    void keep(const float (*x)[PAGE], int from, int to, int row, int rows, long number) const {
+        if constexpr (C::MASS)
+            for (int r = 0; r < rows; r++) std::memcpy(logits + (row + r) * places + number + from, x[r] + from, (to - from) * sizeof(float));
+    }
+    // their sum over the heads, given each head's log2-sum-exp; `count` tokens
+    void sum(const float* lse, long count, float* out) const {
+        long t = 0;
+        for (; t + 16 <= count; t += 16) {
+            vf s = set(0.0f);
+            for (int g = 0; g < C::G; g++) s = s + exp2<false>(load(logits + g * places + t) - set(lse[g]));
+            store(out + t, s);
+        }
+        for (; t < count; t++) {
+            out[t] = 0.0f;
+            for (int g = 0; g < C::G; g++) out[t] += std::exp2(logits[g * places + t] - lse[g]);
+        }
+    }
+};
+
 // Softmax weights of the logits x[.. [from, to)] relative to the largest of them, what they count
 // beside those of other blocks (`share`), and the state's move to the new maximum.
 template <class C, int R>
-inline void weigh(float (*x)[PAGE], int from, int to, State<C>& s, int row, float* share) {
+inline void weigh(float (*x)[PAGE], int from, int to, State<C>& s, int row, float* share, const Mass<C>& mass, long number) {
     int low = from / 16 * 16, high = (to + 15) / 16 * 16;
-    alignas(64) float kept[16] = {}, own[16] = {}, mass[16];
+    alignas(64) float kept[16] = {}, own[16] = {}, sums[16];
     vf most[R], at[R], total[R];
     for (int r = 0; r < R; r++) {
         for (int t = low; t < from; t++) x[r][t] = -INFINITY;
@@ -92,6 +116,7 @@ inline void weigh(float (*x)[PAGE], int from, int to, State<C>& s, int row, floa
             for (int t = from; t < to; t++) x[r][t] = capped<C>(x[r][t]);
         most[r] = load(x[r] + low);
     }
+    mass.keep(x, from, to, row, R, number);
     for (int t = low + 16; t < high; t += 16)
         for (int r = 0; r < R; r++) most[r] = max(most[r], load(x[r] + t));
     for (int r = 0; r < R; r++) {
@@ -108,12 +133,12 @@ inline void weigh(float (*x)[PAGE], int from, int to, State<C>& s, int row, floa
             store(x[r] + t, p);
             total[r] = total[r] + p;
         }
-    for (int r = 0; r < R; r++) mass[r] = sum(total[r]);
+    for (int r = 0; r < R; r++) sums[r] = sum(total[r]);
     store(kept, exp2<false>(load(kept)));
     store(own, exp2<false>(load(own)));
     for (int r = 0; r < R; r++) {
         share[r] = own[r];
-        s.l[row + r] = s.l[row + r] * kept[r] + own[r] * mass[r];
+        s.l[row + r] = s.l[row + r] * kept[r] + own[r] * sums[r];
         if (kept[r] == 1.0f) continue;
         vf factor = set(kept[r]);
         for (int d = 0; d < C::DV; d += 16) store(s.o[row + r] + d, load(s.o[row + r] + d) * factor);
@@ -124,7 +149,7 @@ inline void weigh(float (*x)[PAGE], int from, int to, State<C>& s, int row, floa
 
 template <class C, int R, int ROW>
 inline void rows(const typename C::Tiers& tiers, const Span<C>& at, long place, long block, bool sinks,
-                 const Queries<C>& query, State<C>& s) {
+                 const Queries<C>& query, State<C>& s, const Mass<C>& mass) {
     alignas(64) float x[R][PAGE];
     float share[R];
     const float *q[R], *body[R], *peaks = query.peak + ROW;
@@ -140,7 +165,7 @@ inline void rows(const typename C::Tiers& tiers, const Span<C>& at, long place, 
             int from = (int)(std::max(at.low, base) - base), to = (int)(std::min({at.count, (long)C::SINKS, base + PAGE}) - base);
             if (from >= to) return;
             read_logits<typename C::KSinks, R, C::ROUGH>(tiers.k_sinks, id(tiers.k_sinks, 0), q, peaks, from / 16 * 16, to, x);
-            weigh<C, R>(x, from, to, s, ROW, share);
+            weigh<C, R>(x, from, to, s, ROW, share, mass, base);
             add_values<typename C::VSinks, R, C::ROUGH>(tiers.v_sinks, id(tiers.v_sinks, 0), x, share, from, to, true, s.o + ROW);
         }
         return;
@@ -152,7 +177,7 @@ inline void rows(const typename C::Tiers& tiers, const Span<C>& at, long place, 
         if (from < k) read_logits<typename C::KBody, R, C::ROUGH>(tiers.k_body, id(tiers.k_body, C::K_BODY_RING), body, body_peaks, from / 16 * 16, k, x);
     if constexpr (!std::is_same_v<typename C::KRecent, None>)
         if (k < to) read_logits<typename C::KRecent, R, C::ROUGH>(tiers.k_recent, id(tiers.k_recent, C::K_RECENT_RING), q, peaks, k == from ? from / 16 * 16 : k, to, x);
-    weigh<C, R>(x, from, to, s, ROW, share);
+    weigh<C, R>(x, from, to, s, ROW, share, mass, C::SINKS + base);
     bool cut = v % 16 != 0 && from < v && v < to;
     if constexpr (!std::is_same_v<typename C::VBody, None>)
         if (from < v) {
@@ -168,18 +193,18 @@ inline void rows(const typename C::Tiers& tiers, const Span<C>& at, long place, 
 // At most 8 queries share a decoded vector: more would spill registers.
 template <class C, int ROW = 0>
 inline void block_of(const typename C::Tiers& tiers, const Span<C>& at, long place, long block, bool sinks,
-                     const Queries<C>& query, State<C>& s) {
+                     const Queries<C>& query, State<C>& s, const Mass<C>& mass) {
     if constexpr (ROW < C::G) {
         constexpr int chunks = (C::G + 7) / 8, most = (C::G + chunks - 1) / chunks;
         constexpr int r = C::G - ROW < most ? C::G - ROW : most;
-        rows<C, r, ROW>(tiers, at, place, block, sinks, query, s);
-        block_of<C, ROW + r>(tiers, at, place, block, sinks, query, s);
+        rows<C, r, ROW>(tiers, at, place, block, sinks, query, s, mass);
+        block_of<C, ROW + r>(tiers, at, place, block, sinks, query, s, mass);
     }
 }
 
 template <class C, class T, class Q, class K, class V, class Out>
 void attend(const typename C::Tiers& tiers, const int32_t* count, const bool* valid, const float* sinks, long batch,
-            Q q_at, K k_at, V v_at, Out out_at) {
+            float* mass, long mass_places, Q q_at, K k_at, V v_at, Out out_at) {
     const long places = batch * C::H;
     long total = 0;
     for (long i = 0; i < places; i++) {
@@ -190,6 +215,9 @@ void attend(const typename C::Tiers& tiers, const int32_t* count, const bool* va
     static thread_local std::vector<State<C>> scratch;
     scratch.resize(places * threads);
     State<C>* partial = scratch.data();
+    static thread_local std::vector<float> kept;  // logits, by place, head and number
+    if (C::MASS) kept.resize(places * C::G * mass_places);
+    auto mass_of = [&, logits = kept.data()](long i) { return Mass<C>{logits + i * C::G * mass_places, mass_places}; };
     auto read_queries = [&](long i, Queries<C>& query) {
         for (int g = 0; g < C::G; g++) {
             const T* q = q_at(i / C::H, i % C::H * C::G + g);
@@ -218,11 +246,12 @@ void attend(const typename C::Tiers& tiers, const int32_t* count, const bool* va
             Queries<C> query;
             read_queries(i, query);
             for (long b = start; b < end; b++)
-                block_of<C>(tiers, at, i, b < sink ? b : at.first / PAGE + b - sink, b < sink, query, s);
+                block_of<C>(tiers, at, i, b < sink ? b : at.first / PAGE + b - sink, b < sink, query, s, mass_of(i));
             s.finish();
         }
     };
     auto merge = [&](long i) {
+        alignas(64) float lse[C::G], own_mass = 0.0f;
         for (int g = 0; g < C::G; g++) {
             T* out = out_at(i / C::H, i % C::H * C::G + g);
             if (!valid[i / C::H]) {
@@ -247,6 +276,15 @@ void attend(const typename C::Tiers& tiers, const int32_t* count, const bool* va
                 for (int d = 0; d < C::DV; d++) o[d] += share * s.o[g][d];
             }
             for (int d = 0; d < C::DV; d++) write(out + d, o[d] / l);
+            lse[g] = m + std::log2(l);
+            own_mass += weight / l;
+        }
+        if constexpr (C::MASS) {
+            float* to = mass + i * mass_places;
+            long held = valid[i / C::H] ? count[i] : 0;
+            if (held) mass_of(i).sum(lse, held, to);
+            if (valid[i / C::H]) to[held++] = own_mass;
+            std::fill(to + held, to + mass_places, 0.0f);
         }
     };
     if (threads == 1) {

@@ -8,6 +8,7 @@ from torch._inductor.virtualized import V
 from kvcompile.backend.template import (
     constant,
     contiguous,
+    empty,
     kernel,
     last_contiguous,
     lowering,
@@ -41,14 +42,14 @@ def linear(x: Any, weights: list[Any], biases: list[Any], *, gate: str = "") -> 
 @lowering(ATTEND, cpp_attend, *cpp_attend.FILES)
 def attend(q: Any, k: Any, v: Any, planes: list[Any], positions: Any, valid: Any, sinks: Any, *,
            scale: float, window: int = 0, softcap: float = 0.0, store: str, slot: int = 0,
-           layer: int = 0) -> Any:
+           layer: int = 0, mass: bool = False) -> Any:
     """One query a row over what is stored, where the log-sum-exp is not asked for."""
     batch, heads, tokens, dim = q.get_size()
     kept = k.get_size()[1]
     if q.get_device().type != "cpu" or not _equal(tokens, 1) or _used(1):
         return None
     shape = cpp_attend.Shape(int(kept), int(heads) // int(kept), (int(dim), int(v.get_size()[3])),
-                             q.get_dtype(), scale, window, softcap, sinks is not None)
+                             q.get_dtype(), scale, window, softcap, sinks is not None, mass)
     parsed = Store.parse(store)
     if cpp_attend.unsupported(parsed, shape):
         return None
@@ -57,10 +58,17 @@ def attend(q: Any, k: Any, v: Any, planes: list[Any], positions: Any, valid: Any
     inputs |= {f"plane{i}": plane for i, plane in enumerate(planes)}
     if sinks is not None:
         inputs["sinks"] = to_dtype(contiguous(sinks), torch.float32)
-    o = kernel([cpp_attend.headers(), cpp_attend.config(parsed, shape, threads())],
-               cpp_attend.statements(parsed, shape, threads()), inputs,
-               [batch, heads, tokens, v.get_size()[3]], q.get_dtype())
-    return o, o
+    text = [cpp_attend.headers(), cpp_attend.config(parsed, shape, threads())]
+    statements = cpp_attend.statements(parsed, shape, threads())
+    size = [batch, heads, tokens, v.get_size()[3]]
+    if not mass:
+        o = kernel(text, statements, inputs, size, q.get_dtype())
+        return o, o, o
+    places = parsed.places(shape.dims, q.get_dtype(), [x.get_size() for x in planes]) + 1
+    inputs["mass"] = empty([batch, kept, places], torch.float32)
+    inputs["out"] = empty(size, q.get_dtype())
+    kernel(text, statements, inputs, [1], torch.uint8, ["mass", "out"])
+    return inputs["out"], inputs["out"], inputs["mass"]
 
 
 @lowering(APPEND, cpp_append, *cpp_append.FILES)

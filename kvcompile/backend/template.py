@@ -105,6 +105,13 @@ def constant(value: int) -> Any:
     return V.graph.add_tensor_constant(torch.tensor([value], dtype=torch.int32))
 
 
+def empty(size: Sequence[Any], dtype: torch.dtype) -> Any:
+    """A tensor for a kernel to write into, one of several results: named by `mutated`."""
+    full = lowerings.full(size, 0, dtype=dtype, device=torch.device("cpu"))
+    full.realize()
+    return full
+
+
 def to_dtype(node: Any, dtype: torch.dtype) -> Any:
     return node if node.get_dtype() == dtype else lowerings.to_dtype(node, dtype)
 
