@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from kvcompile.errors import KVCompileError
 from kvcompile.format import Side
 from kvcompile.ir import body
 from kvcompile.kernels import pages
@@ -17,11 +18,11 @@ from kvcompile.kernels.dense_attention import mass as weight_of
 from kvcompile.store import SIDES, Store
 
 
-def _runs(counts: Tensor) -> Iterator[tuple[slice, int]]:
-    """Runs of neighbouring heads with the same count: (heads, count)."""
+def _runs(counts: Tensor, single: bool = False) -> Iterator[tuple[slice, int]]:
+    """Runs of neighbouring heads with the same count, or `single` heads: (heads, count)."""
     values, start = counts.tolist(), 0
     for end in range(1, len(values) + 1):
-        if end == len(values) or values[end] != values[start]:
+        if single or end == len(values) or values[end] != values[start]:
             yield slice(start, end), values[start]
             start = end
 
@@ -60,12 +61,15 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, style: str) -> Tensor:
 @body("attention")
 def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor,
               sinks: Tensor | None, *, scale: float, window: int = 0, softcap: float = 0.0,
-              store: str = "store", layer: int = 0) -> Tensor:
+              store: str = "store", layer: int = 0, rule: str = "") -> Tensor:
     """Causal attention among this call's tokens; padding's output is 0.
 
     With a lossy `store` query i sees what appending tokens 0 .. i-1 one by one would have stored,
-    and itself exactly: what decoding token by token computes.
+    and itself exactly: what decoding token by token computes. A `rule` has no such meaning.
     """
+    if rule:
+        raise KVCompileError(f"layer {layer} keeps tokens by their scores, which a forward without "
+                             "a cache cannot show")
     parsed = Store.parse(store)
 
     def rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -121,29 +125,33 @@ def append(planes: list[Tensor], k: list[Tensor], v: list[Tensor], positions: Te
            valid: Tensor, *, store: str, slots: list[int]) -> None:
     """Store this call's valid tokens of the layers `slots`; complete blocks are encoded.
 
-    One token a row is stored in all layers and rows at once; more of them one by one, which takes
+    `valid` is [B, S], or [B, H, S] where each head stores tokens of its own. One token a row is stored in all layers and rows at once; more of them one by one, which takes
     less memory.
     """
     parsed, every = Store.parse(store), bool(valid.all())
-    new = valid.sum(1, dtype=torch.int32)
-    size = len(slots) if valid.shape[1] == 1 else 1
+    if valid.dim() == 3 and every:
+        valid = valid[:, 0]
+    new = valid.sum(-1, dtype=torch.int32)
+    size = len(slots) if valid.shape[-1] == 1 and valid.dim() == 2 else 1
     for at in (slice(i, i + size) for i in range(0, len(slots), size)):
         _append(parsed, planes, k[at], v[at], valid, every, slots[at])
-    planes[0][pages.at(slots)] += new[:, None]
+    planes[0][pages.at(slots)] += new[:, None] if new.dim() == 1 else new
 
 
 def _append(store: Store, planes: list[Tensor], k: list[Tensor], v: list[Tensor], valid: Tensor,
             every: bool, slots: list[int]) -> None:
     """Store tokens of some layers at once, as those of more heads; single ones of all rows too."""
-    together = every and valid.shape[1] == 1
+    together = every and valid.shape[-1] == 1
     count, tiers = _tiers(store, planes, k[0], v[0], slots, together)
     both = [torch.stack(x, 1).flatten(1, 2) if len(x) > 1 else x[0] for x in (k, v)]
     if together:
         both, valid = [x.flatten(0, 1)[None] for x in both], valid[:1]
     for row, keep in enumerate(valid):
-        for heads, n in _runs(count[row]):
+        own = keep.dim() == 2  # of each head
+        for heads, n in _runs(count[row], own):
+            mine = keep[heads.start] if own else keep
             for side, x in zip(SIDES, both, strict=True):
-                new = x[row, heads] if every else x[row, heads][:, keep]
+                new = x[row, heads] if every else x[row, heads][:, mine]
                 pages.add(store, side, tiers[side], row, heads, n, new)
 
 

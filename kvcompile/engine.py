@@ -1,7 +1,7 @@
 """Running a program: picks the graph for a call, compiles the decode graph, checks the result."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
 
@@ -16,6 +16,7 @@ from kvcompile.own_cache import OwnCache
 from kvcompile.planes import Group
 from kvcompile.program import Program
 from kvcompile.rewrite import copy_graph
+from kvcompile.rule import Rule
 from kvcompile.storing import Storing
 
 log = logging.getLogger(__name__)
@@ -32,17 +33,27 @@ class Engine:
     def __init__(self, program: Program, compile: bool = True) -> None:
         self.program, self.compile = program, compile
         self.sites = program.sites
+        self.rules = [Rule.parse(s.rule) for s in self.sites if s.rule]
         self._decode: dict[bool, Callable] = {}
         self._graphs: dict[str, GraphModule] = {}
         self.storing = Storing(compile)
 
     def run(self, cache: OwnCache, ids: Tensor, positions: Tensor, valid: Tensor,
-            keep: Tensor, embeds: Tensor | None = None) -> Tensor:
-        """Logits [B, N, V] for the columns `keep`, and the call's tokens stored in `cache`."""
+            keep: Tensor, embeds: Tensor | None = None, question: int = 0) -> Tensor:
+        """Logits [B, N, V] for the columns `keep`, and the call's tokens stored in `cache`.
+
+        `question` is how many of a prompt's last tokens are its question, where rules ask for that.
+        """
         fresh = cache.get_seq_length() == 0
         planes = cache.begin(valid, positions)
         batch, tokens = valid.shape
-        if fresh:
+        kept: Sequence[Sequence[Tensor]] = ()
+        if fresh and self.rules:
+            ids, positions, valid, probe = self._probed(ids, positions, valid)
+            hints = torch.tensor([probe, question], device=valid.device)
+            logits, ok, kept = self._eager("prefill", embeds)(ids, positions, valid, keep, *planes,
+                                                              hints)
+        elif fresh:
             logits, ok = self._eager("prefill", embeds)(ids, positions, valid, keep, *planes)
         elif tokens == 1 and self.compile and embeds is None:
             logits, ok = self.step(batch, valid.device)(ids, positions, valid, keep, *planes)
@@ -56,8 +67,20 @@ class Engine:
             limit = min(layer.store.limit(s, layer.dtype) for s in "kv")
             raise KVCompileError(f"K or V of layer {layer.layer} holds NaN or numbers above "
                                  f"{limit:g}; nothing of this call was stored")
+        if kept:
+            cache.store(kept, self.storing.append, tokens)
         cache.commit(tokens)
         return logits
+
+    def _probed(self, ids: Tensor, positions: Tensor, valid: Tensor
+                ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """A prompt, and behind it, where a rule asks for it, the prompt once more."""
+        if not any("probe" in rule.needs for rule in self.rules):
+            return ids, positions, valid, 0
+        tokens = ids.shape[1]
+        again = positions + valid.sum(1, keepdim=True)
+        return (torch.cat([ids, ids], 1), torch.cat([positions, again], 1),
+                torch.cat([valid, valid], 1), tokens)
 
     def stateless(self, ids: Tensor, positions: Tensor, valid: Tensor, keep: Tensor,
                   embeds: Tensor | None = None) -> Tensor:

@@ -59,6 +59,10 @@ class Group:
                 need = torch.maximum(have, torch.minimum(need + need // SLACK, most))
             self._lay(key, list(range(have.shape[1])), need)
 
+    def plane(self, name: str) -> Tensor:
+        """The plane of this name."""
+        return self.planes[[spec.name for spec in self.specs].index(name)]
+
     @property
     def counts(self) -> Tensor:
         """int64 [layers, batch, heads] on the host: tokens that each head has been given, less

@@ -44,7 +44,7 @@ class Storing:
         """As the op."""
         dims, dtype = (k[0].shape[-1], v[0].shape[-1]), k[0].dtype
         parsed = Store.parse(store)
-        if (not self.compile or valid.device.type != "cpu" or valid.shape[1] == 1
+        if (not self.compile or valid.device.type != "cpu" or valid.shape[-1] == 1
                 or module("kernels", "cpp_append").unsupported(parsed, dims, dtype)):
             APPEND(planes, k, v, positions, valid, store=store, slots=slots)
             return
@@ -52,11 +52,11 @@ class Storing:
         for slot, keys, values in zip(slots, k, v, strict=True):
             own = [p if spec.shape else p[slot : slot + 1]
                    for spec, p in zip(specs, planes, strict=True)]
-            key = (store, dims, k[0].shape[1], dtype, valid.shape[0] > 1)
+            key = (store, dims, k[0].shape[1], dtype, valid.shape[0] > 1, valid.dim())
             if key not in self._compiled:
                 self._compiled[key] = _compile(store, own, keys, values, valid)
-            self._compiled[key](*own, keys.contiguous(), values.contiguous(), positions,
-                                valid.contiguous())
+            self._compiled[key](*own, keys.contiguous(), values.contiguous(),
+                                positions.contiguous(), valid.contiguous())
 
 
 def _compile(store: str, planes: list[Tensor], k: Tensor, v: Tensor, valid: Tensor) -> Callable:
@@ -74,12 +74,13 @@ def _compile(store: str, planes: list[Tensor], k: Tensor, v: Tensor, valid: Tens
         if spec.shape:
             add(plane, (11 + number, *spec.shape), [0])
         else:
-            pages = () if spec.name == "count" else (11 + number,)
+            pages = (11 + number,) if spec.name.endswith(".table") else ()
             add(plane, (1, batch, k.shape[1], *pages), [1, 3] if pages else [1])
     add(k, (batch, k.shape[1], tokens, k.shape[3]), [0, 2])
     add(v, (batch, v.shape[1], tokens, v.shape[3]), [0, 2])
-    add(torch.empty(0, dtype=torch.int64), (batch, tokens), [0, 1])
-    add(valid, (batch, tokens), [0, 1])
+    heads = k.shape[1 : valid.dim() - 1]
+    for like in (torch.empty(0, dtype=torch.int64), valid):
+        add(like, (batch, *heads, tokens), [0, 1 + len(heads)])
     graph = Graph()
     nodes: list[Any] = [graph.placeholder(f"x{i}") for i in range(len(inputs))]
     held, (keys, values, positions, ok) = nodes[: len(planes)], nodes[len(planes):]

@@ -7,7 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kvcompile.errors import RecipeError
 from kvcompile.prompt import Prompt
+from kvcompile.recipe import Term
+from kvcompile.rule import named
 
 UNBOUNDED = 2**31 - 1
 
@@ -85,17 +88,21 @@ class Pyramid(Sized):
 class Pooled(Sized):
     """Ada-KV: the heads of a layer share their budgets, and the best scores take them.
 
-    Each head is sure of the share `floor` of its own.
+    Each head is sure of the share `floor` of its own; `of` is a budget that says what that is.
     """
 
+    of: Term = Term("uniform")
     floor: float = 0.2
     name: ClassVar[str] = "pooled"
 
     def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
-        return [pool([s], size(self.tokens, self.ratio, s.shape[1]), self.floor)[0] for s in scores]
+        return [pool([s], self._each(*s.shape), self.floor)[0] for s in scores]
+
+    def _each(self, heads: int, tokens: int) -> int:
+        return named("budget", self.of).most(tokens, heads)[0]
 
     def most(self, tokens: int, heads: int) -> tuple[int, int]:
-        each = size(self.tokens, self.ratio, tokens)
+        each = self._each(heads, tokens)
         return min(tokens, heads * each), heads * each
 
 
@@ -140,6 +147,10 @@ class Threshold(Sized):
 
     def limit(self, counts: Sequence[int], tokens: int) -> list[int]:
         return [UNBOUNDED] * len(counts)
+
+    def below(self, score: Tensor) -> Tensor:
+        """How many tokens of each head leave while decoding, from scores [N, slots]."""
+        return (score < self.at).sum(1)
 
 
 @dataclass(frozen=True)
@@ -191,18 +202,20 @@ class PerPart(Sized):
 
 @dataclass(frozen=True)
 class ByHead(Sized):
-    """Static map: `of[layer][head]` tokens, 0 for all; `share`: or that share, what is more."""
+    """A static map of a layer: `of[head]` tokens, 0 for all; or the share `share`, if that is more.
+    """
 
-    of: tuple = ()
+    of: tuple[int, ...] = ()
     share: float = 0.0
-    layer: int = 0
-    layers: int = 1
     name: ClassVar[str] = "byhead"
 
     def _of(self, tokens: int) -> list[int]:
-        return [max(n, int(self.share * tokens)) if n else UNBOUNDED for n in self.of[self.layer]]
+        return [max(n, int(self.share * tokens)) if n else UNBOUNDED for n in self.of]
 
     def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
+        for s in scores:
+            if len(s) != len(self.of):
+                raise RecipeError(f"a map of {len(self.of)} heads for a layer of {len(s)} kv heads")
         return [[min(n, s.shape[1]) for n in self._of(s.shape[1])] for s in scores]
 
     def most(self, tokens: int, heads: int) -> tuple[int, int]:

@@ -165,7 +165,7 @@ class Filter:
     needs: ClassVar[tuple[str, ...]] = ()
 
     def prompt(self, x: Prompt) -> Tensor:
-        u = torch.tensor(self.directions[x.layer], dtype=torch.float32, device=x.k.device)
+        u = torch.tensor(self.directions, dtype=torch.float32, device=x.k.device)
         return -(x.keys * u[:, None]).sum(-1)
 
 

@@ -12,7 +12,7 @@ from kvcompile.ir import ROPE, argument, attention_nodes
 from kvcompile.plan import LayerPlan
 from kvcompile.recipe import Term
 from kvcompile.rewrite import Outcome, Refused, Rewritten
-from kvcompile.rule import Rule
+from kvcompile.rule import Rule, options
 from kvcompile.store import Store
 
 KEEP = "keep."
@@ -72,8 +72,7 @@ def _rule(node: Node, axes: Mapping[str, Any], index: int, ruled: list[int], own
     given = {a.removeprefix(KEEP): v for a, v in axes.items() if a.startswith(KEEP)}
     place = {"layer": ruled.index(index), "layers": len(ruled)}
     rule = Rule(**{n: _placed(v, place) for n, v in given.items()}, **place)
-    for kind in ("scorer", "budgeter", "merger"):
-        getattr(rule, kind)  # names and options are checked here
+    assert rule.scorer and rule.budgeter  # names and options are checked here
     missing = _missing(node, rule)
     if missing:
         raise RecipeError(f"{term}: layer {index}: {missing}")
@@ -83,12 +82,12 @@ def _rule(node: Node, axes: Mapping[str, Any], index: int, ruled: list[int], own
 
 
 def _placed(value: Any, place: Mapping[str, int]) -> Any:
-    """Budgets that differ by layer are told which it is: those with the fields `layer`, `layers`."""
-    from kvcompile.rule import options
-
-    if not isinstance(value, Term) or not {"layer", "layers"} <= options("budget", value.name):
+    """Budgets with the fields `layer` and `layers` are told which it is, wherever they stand."""
+    if not isinstance(value, Term):
         return value
-    return Term(value.name, (*value.args, *place.items()))
+    args = tuple((name, _placed(x, place)) for name, x in value.args)
+    told = tuple(place.items()) if place.keys() <= options("budget", value.name) else ()
+    return Term(value.name, (*args, *told))
 
 
 def _missing(node: Node, rule: Rule) -> str:
