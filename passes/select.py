@@ -69,9 +69,7 @@ def _rule(node: Node, axes: Mapping[str, Any], index: int, ruled: list[int], own
         node.kwargs = cast(Any, {**node.kwargs, "store": str(replace(
             Store.parse(argument(node, "store")), sinks=0, window=store.window))})
         return Refused(index, f"the layer keeps its own window of {window} tokens", node.name)
-    given = {a.removeprefix(KEEP): v for a, v in axes.items() if a.startswith(KEEP)}
-    place = {"layer": ruled.index(index), "layers": len(ruled)}
-    rule = Rule(**{n: _placed(v, place) for n, v in given.items()}, **place)
+    rule = rule_of(axes, ruled.index(index), len(ruled))
     assert rule.scorer and rule.budgeter  # names and options are checked here
     missing = _missing(node, rule)
     if missing:
@@ -79,6 +77,13 @@ def _rule(node: Node, axes: Mapping[str, Any], index: int, ruled: list[int], own
     node.kwargs = cast(Any, {**node.kwargs, "rule": str(rule)})
     drops = "" if not rule.every else ", and while decoding"
     return Rewritten(index, f"tokens by {rule.score}, {rule.budget}{drops}")
+
+
+def rule_of(axes: Mapping[str, Any], layer: int, layers: int) -> Rule:
+    """The rule that a layer's axes spell, number `layer` of the `layers` that have one."""
+    given = {a.removeprefix(KEEP): v for a, v in axes.items() if a.startswith(KEEP)}
+    place = {"layer": layer, "layers": layers}
+    return Rule(**{n: _placed(v, place) for n, v in given.items()}, **place)  # type: ignore[arg-type]
 
 
 def _placed(value: Any, place: Mapping[str, int]) -> Any:
