@@ -44,8 +44,8 @@ def functions(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> str:
 def statements(store: Store, dims: tuple[int, int], dtype: torch.dtype, heads: int,
                slots: list[int], threads: int, by_head: bool = False) -> str:
     """The kernel's statements: k0, v0, .. of the layers `slots`, valid [B, S] (or `by_head`,
-    [B, H, S]) and plane0.. (the count first, all written). Tokens of a head are stored one after another; heads, and K and V,
-    at the same time."""
+    [B, H, S]) and plane0.. (the count first, all written). Tokens of a head are stored one after
+    another; heads, and K and V, at the same time."""
     number, pointer = len(slots), f"const {_cpp(dtype)}*"
     name = f"kvc::{_name(store, dims, dtype)}::"
     number_of, row = ("valid_size[2]", "(b * heads + h)") if by_head else ("valid_size[1]", "b")

@@ -10,6 +10,7 @@ import torch
 from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE, term_of
 from kvcompile.kernels.dense import CPP
+from kvcompile.rounding import Arithmetic
 from kvcompile.store import SIDES, Store
 
 FOLDER = Path(__file__).parent / "cpp"
@@ -30,6 +31,14 @@ class Shape(NamedTuple):
     softcap: float = 0.0
     sinks: bool = False
     mass: bool = False          # whether the weight of each token is asked for
+
+
+def arithmetic(dtype: torch.dtype) -> Arithmetic:
+    """How the kernels compute. For 16-bit models q and weights are rounded to 16-bit integers of
+    the largest among them, and 2^x is right to 3e-6."""
+    if dtype is torch.float32:
+        return Arithmetic()
+    return Arithmetic(weights=4 * 3e-6, out=torch.finfo(dtype).eps / 2, q=1 / 65534, p=1 / 65534)
 
 
 def unsupported(store: Store, shape: Shape) -> str | None:
@@ -63,7 +72,7 @@ def headers() -> str:
 
 
 def statements(store: Store, shape: Shape, threads: int) -> str:
-    """The kernel's statements: q, k, v, valid, sinks, plane0.. (the count first), slot -> out, mass.
+    """The kernel's statements: q, k, v, valid, sinks, planes (the count first), slot -> out, mass.
 
     Planes hold all layers of a group; `slot` points to the layer's number. `<name>_size` and
     `_stride` are the sizes and strides of a tensor.

@@ -15,7 +15,16 @@ from kvcompile.ir import body
 from kvcompile.kernels import pages
 from kvcompile.kernels.dense_attention import attend_row, causal, decode
 from kvcompile.kernels.dense_attention import mass as weight_of
+from kvcompile.rounding import Arithmetic
 from kvcompile.store import SIDES, Store
+
+
+def arithmetic(dtype: torch.dtype) -> Arithmetic:
+    """How the bodies compute: what is decoded and torch's softmax weights have the model's type."""
+    if dtype is torch.float32:
+        return Arithmetic()
+    eps = torch.finfo(dtype).eps
+    return Arithmetic(stored=eps / 2, weights=eps, out=eps)
 
 
 def _runs(counts: Tensor, single: bool = False) -> Iterator[tuple[slice, int]]:
@@ -125,8 +134,8 @@ def append(planes: list[Tensor], k: list[Tensor], v: list[Tensor], positions: Te
            valid: Tensor, *, store: str, slots: list[int]) -> None:
     """Store this call's valid tokens of the layers `slots`; complete blocks are encoded.
 
-    `valid` is [B, S], or [B, H, S] where each head stores tokens of its own. One token a row is stored in all layers and rows at once; more of them one by one, which takes
-    less memory.
+    `valid` is [B, S], or [B, H, S] where each head stores tokens of its own. One token a row is
+    stored in all layers and rows at once; more of them one by one, which takes less memory.
     """
     parsed, every = Store.parse(store), bool(valid.all())
     if valid.dim() == 3 and every:
@@ -182,7 +191,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Ten
     parsed, (batch, heads_, tokens, _) = Store.parse(store), k.shape
     count, tiers = _tiers(parsed, planes, k, v, [slot])
     group = q.shape[1] // heads_
-    o = q.new_zeros(*q.shape[:-1], v.shape[-1])
+    o = q.new_zeros(batch, tokens, q.shape[1], v.shape[-1]).transpose(1, 2)  # as attention's
     lse = torch.full(q.shape[:-1], -torch.inf, device=q.device)
     dims = (k.shape[-1], v.shape[-1])
     sizes = [x.shape for x in planes]

@@ -19,6 +19,8 @@ from kvcompile.kernels import pages
 from kvcompile.rule import Rule
 from kvcompile.store import SIDES, Store
 
+LAST = torch.iinfo(torch.int32).max  # a position that no token has
+
 
 class Heads(NamedTuple):
     """Planes of some layers, one row for each of their N (layer, row, head): views."""
@@ -120,19 +122,19 @@ def movable(store: Store) -> bool:
 
 def drop(heads: Heads, rule: Rule, newest: Tensor, dims: tuple[int, int], dtype: torch.dtype,
          kv: int) -> None:
-    """Drop what heads hold beyond their limits; `newest` [N] is the position of their last token."""
+    """Drop what heads hold beyond their limits; `newest` [N]: the position of their last token."""
     score, position = heads.slots("score"), heads.slots("position")
     held = torch.arange(score.shape[1], device=score.device) < heads.count[:, None]
     limit = heads.named["limit"].long()
     over = heads.count.long() - limit
     if hasattr(rule.scorer, "final"):
-        order = torch.where(held, position, torch.iinfo(torch.int32).max).argsort(dim=-1, stable=True)
+        order = torch.where(held, position, LAST).argsort(dim=-1, stable=True)
         score = rule.scorer.final(score, _keys(heads, dims, dtype, score.shape[1]), order)
     if getattr(rule.scorer, "shared", False):
         score = score.unflatten(0, (-1, kv)).mean(1, keepdim=True).expand(-1, kv, -1).flatten(0, 1)
     recent = (limit * rule.recent).long() if isinstance(rule.recent, float) else rule.recent
     safe = position > (newest - recent)[:, None]
-    first = torch.where(held, position, torch.iinfo(torch.int32).max).amin(1, keepdim=True)
+    first = torch.where(held, position, LAST).amin(1, keepdim=True)
     safe |= position < first + rule.sinks
     score = torch.where(held & ~safe, score, torch.inf)
     if hasattr(rule.budgeter, "below"):
@@ -164,7 +166,7 @@ def _tokens(heads: Heads, rule: Rule, score: Tensor, position: Tensor, over: Ten
         return
     if most == 1:
         equal = score == score.amin(1, keepdim=True)
-        oldest = torch.where(equal, position, torch.iinfo(torch.int32).max).argmin(1)
+        oldest = torch.where(equal, position, LAST).argmin(1)
         gone = (at == oldest[:, None]) & (over > 0)[:, None]
     else:
         order = position.argsort(dim=-1, stable=True)
@@ -229,7 +231,7 @@ def fill(store: Store, dims: tuple[int, int], dtype: torch.dtype, planes: Sequen
 
 def slot_positions(store: Store, dims: tuple[int, int], dtype: torch.dtype,
                    planes: Sequence[Tensor], slot: int) -> list[Tensor]:
-    """The position ids that each (row, head) of a layer holds, ascending."""
+    """The position ids that each (row, head) of a layer holds, by number."""
     heads = heads_of(store, dims, dtype, planes, slice(slot, slot + 1))
-    return [p[:n].long().sort().values
+    return [p[:n].long()
             for p, n in zip(heads.slots("position"), heads.count.tolist(), strict=True)]

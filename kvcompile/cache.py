@@ -16,7 +16,7 @@ from kvcompile.planes import Group
 from kvcompile.recipe import Recipe
 from kvcompile.registry import module
 from kvcompile.site import Site
-from kvcompile.store import Store
+from kvcompile.store import AXES, Store
 
 _NUMBERS = count(1)
 _LIVE: "WeakValueDictionary[int, KVCache]" = WeakValueDictionary()
@@ -47,11 +47,11 @@ class KVCache(Cache):
         self.recipe, self.max_length, self.owner = str(Recipe.parse(recipe)), max_length, ""
         self.windows = [o.get("sliding_window") or 0 for o in options]
         settings = plan(recipe, len(types))
-        for axis, term in ((a, t) for p in settings for a, t in p.origin.items()):
-            if axis.startswith("keep."):
-                raise KVCompileError(f"{term}: which tokens stay is decided by what a layer attends "
-                                     "to, which a KVCache by itself does not see; use "
-                                     "kvcompile.optimize")
+        if beyond := {axis: p.origin[axis] for p in settings for axis in p.values
+                      if axis not in AXES}:
+            axis, term = min(beyond.items())
+            raise KVCompileError(f"{term}: {axis} changes the model's graph, which a KVCache by "
+                                 "itself cannot; use kvcompile.optimize")
         self.plan_stores = [Store.of(p.values, w)
                             for p, w in zip(settings, self.windows, strict=True)]
         for own in set(self.windows):
@@ -141,12 +141,19 @@ class KVCache(Cache):
 
     def _counts(self, layer: int) -> Tensor:
         """int64 [batch, kv heads]: the count of a layer."""
+        owner = self.sites[layer].owner
+        layer = layer if owner is None else owner
         group = next(g for g in self.groups if any(s.layer == layer for s in g.sites))
         return group.counts[[s.layer for s in group.sites].index(layer)]
 
-    def positions(self, layer: int) -> Tensor:
-        """int64 [batch, kv heads, most tokens of a head]: position ids, oldest first; -1 fills."""
+    def positions(self, layer: int, by_slot: bool = False) -> Tensor:
+        """int64 [batch, kv heads, most tokens of a head]: position ids, oldest first; -1 fills.
+
+        `by_slot`: in the order in which the tokens are stored, which eviction may change.
+        """
         held = self._held(layer)
+        if self.sites[layer].store.slots and not by_slot:
+            held = [[ids.sort().values for ids in row] for row in held]
         most = max((len(p) for row in held for p in row), default=0)
         out = torch.full((len(held), self.sites[layer].heads, most), -1, dtype=torch.int64)
         for row, heads in enumerate(held):

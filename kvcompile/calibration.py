@@ -21,8 +21,9 @@ from kvcompile.errors import KVCompileError
 from kvcompile.ir import ATTENTION, argument, attention_nodes
 from kvcompile.kernels.dense_attention import causal
 from kvcompile.method import find_method
-from kvcompile.plan import claimed_layers
+from kvcompile.plan import claimed_layers, plan
 from kvcompile.recipe import Recipe, Term
+from kvcompile.rewrite import copy_graph, passes, run_passes
 
 if TYPE_CHECKING:
     from kvcompile.program import Program
@@ -60,20 +61,41 @@ class Samples:
         """q, K and V of each layer."""
         with torch.no_grad():
             run = _Attention(self.gm)
-            run.read(self.ids, keep=1)
+            run.run(*_inputs(self.ids, keep=1))
         return [run.samples[i] for i in self.layers]
+
+    def hidden(self, recipe: str | Recipe) -> Tensor:
+        """The last hidden states [N, T, hidden], which the logits' linear is given, by `recipe`."""
+        gm = copy_graph(self.gm)
+        run_passes(passes(), gm, plan(recipe, len(attention_nodes(gm.graph))))
+        output = gm.graph.output_node()
+        head = output.all_input_nodes[0]
+        while head.target is not torch.ops.aten.linear.default and head.all_input_nodes:
+            head = head.all_input_nodes[0]
+        if head.all_input_nodes:
+            output.args = (head.args[0],)
+            gm.graph.eliminate_dead_code()
+            gm.recompile()
+        with torch.no_grad():
+            return gm(*_inputs(self.ids, keep=self.ids.shape[1]))
 
     @cached_property
     def gradients(self) -> list[tuple[Tensor, Tensor]]:
         """For each layer, of K and of V: the gradient of the loss on the text's next tokens."""
         with torch.enable_grad():
             run = _Attention(self.gm, grad=True)
-            logits = run.read(self.ids, keep=self.ids.shape[1])[:, :-1]
+            logits = run.run(*_inputs(self.ids, keep=self.ids.shape[1]))[:, :-1]
             loss = cross_entropy(logits.flatten(0, 1).float(), self.ids[:, 1:].flatten(),
                                  reduction="sum")
             own = [x for i in self.layers for x in (run.samples[i].k, run.samples[i].v)]
             found = torch.autograd.grad(loss, own)
         return list(zip(found[::2], found[1::2], strict=True))
+
+
+def _inputs(ids: Tensor, keep: int) -> tuple[Tensor, ...]:
+    """What the stateless graph is given to read `ids`, for results of the last `keep` tokens."""
+    at = torch.arange(ids.shape[1], device=ids.device)
+    return ids, at.expand(ids.shape[0], -1), torch.ones_like(ids, dtype=torch.bool), at[-keep:]
 
 
 class _Attention(Interpreter):
@@ -82,13 +104,6 @@ class _Attention(Interpreter):
     def __init__(self, gm: GraphModule, grad: bool = False) -> None:
         super().__init__(gm)
         self.grad, self.samples = grad, list[Sample]()
-
-    def read(self, ids: Tensor, keep: int) -> Tensor:
-        """Logits of the last `keep` tokens."""
-        device, tokens = ids.device, ids.shape[1]
-        positions = torch.arange(tokens, device=device).expand(ids.shape[0], -1)
-        valid = torch.ones_like(ids, dtype=torch.bool)
-        return self.run(ids, positions, valid, torch.arange(tokens, device=device)[-keep:])
 
     def run_node(self, n: Node) -> Any:
         if n.op == "placeholder" or n.target is not ATTENTION:
@@ -104,6 +119,11 @@ class _Attention(Interpreter):
         sample = Sample(q, k, v, *(given(x) for x in ("scale", "window", "softcap", "sinks")))
         self.samples.append(sample)
         return causal(q, k, v, sample.scale, sample.window, sample.softcap, sample.sinks)
+
+
+def uncalibrated(recipe: Recipe) -> bool:
+    """Whether a term lacks what calibration finds. Raises RecipeError for one that cannot be."""
+    return any([find_method(t).uncalibrated(find_method(t).bind(t)) for t in recipe.terms])
 
 
 def calibrated(recipe: Recipe, program: Program, ids: Tensor | None = None) -> Recipe:

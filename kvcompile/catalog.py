@@ -22,11 +22,11 @@ def as_list() -> list[dict[str, Any]]:
 
 
 def as_dict(method: Method) -> dict[str, Any]:
-    """A method in plain types; `axes` is what it sets with its defaults."""
+    """A method in plain types; `axes` is what it sets with its defaults (on the last of 4)."""
     params = [{"name": p.name, "default": _plain(p.default), "legal": legal(p), "help": p.help}
               for p in method.params]
     term = Term(method.name)
-    axes = method.layer_axes(term, method.bind(term), 1)[0]
+    axes = method.layer_axes(term, method.bind(term), range(4))[-1]
     return {"name": method.name, "title": method.title, "family": method.family,
             "paper": method.paper, "note": method.note, "parameters": params,
             "axes": {axis: _plain(value) for axis, value in axes.items()}}

@@ -1,7 +1,7 @@
 """Running a program: picks the graph for a call, compiles the decode graph, checks the result."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import count
 from typing import Any
 
@@ -37,6 +37,7 @@ class Engine:
         self._decode: dict[bool, Callable] = {}
         self._graphs: dict[str, GraphModule] = {}
         self.storing = Storing(compile)
+        self.taps: list[Tensor] = []  # what a graph gives beside logits and ok (kvcompile/audit.py)
 
     def run(self, cache: OwnCache, ids: Tensor, positions: Tensor, valid: Tensor,
             keep: Tensor, embeds: Tensor | None = None, question: int = 0) -> Tensor:
@@ -47,23 +48,24 @@ class Engine:
         fresh = cache.get_seq_length() == 0
         planes = cache.begin(valid, positions)
         batch, tokens = valid.shape
-        kept: Sequence[Sequence[Tensor]] = ()
-        if fresh and self.rules:
-            ids, positions, valid, probe = self._probed(ids, positions, valid)
-            hints = torch.tensor([probe, question], device=valid.device)
-            logits, ok, kept = self._eager("prefill", embeds)(ids, positions, valid, keep, *planes,
-                                                              hints)
-        elif fresh:
-            logits, ok = self._eager("prefill", embeds)(ids, positions, valid, keep, *planes)
+        hints: tuple[Tensor, ...] = ()
+        if fresh:
+            call = self._eager("prefill", embeds)
+            if self.rules:
+                ids, positions, valid, probe = self._probed(ids, positions, valid)
+                hints = (torch.tensor([probe, question], device=valid.device),)
         elif tokens == 1 and self.compile and embeds is None:
-            logits, ok = self.step(batch, valid.device)(ids, positions, valid, keep, *planes)
+            call = self.step(batch, valid.device)
         else:
-            logits, ok = self._eager("extend", embeds)(ids, positions, valid, keep, *planes)
+            call = self._eager("extend", embeds)
+        logits, ok, *self.taps = call(ids, positions, valid, keep, *planes, *hints)
+        kept = self.taps.pop(0) if hints else None
         if not bool(ok.all()):
             cache.rollback()
             if fresh:
                 cache.reset()
-            layer = self.sites[ok.tolist().index(False)]
+            owners = [site for site in self.sites if site.owner is None]
+            layer = owners[ok.tolist().index(False)]
             limit = min(layer.store.limit(s, layer.dtype) for s in "kv")
             raise KVCompileError(f"K or V of layer {layer.layer} holds NaN or numbers above "
                                  f"{limit:g}; nothing of this call was stored")

@@ -22,6 +22,10 @@ class CacheFullError(KVCompileError):
     """More tokens than the cache was allocated for."""
 
 
+class LawError(KVCompileError):
+    """A compressed cache or its kernel does not keep the laws (docs/laws.md)."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the known word closest to `word`, else ``""``."""
     spelled = {name.lower(): name for name in known}

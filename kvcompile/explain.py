@@ -63,7 +63,7 @@ class Report:
         if reserve and tokens > reserve:
             raise CacheFullError(f"{tokens} tokens exceed max_length={reserve}")
         return sum(s.store.nbytes(s.dims, s.dtype, s.heads, [tokens] * batch, reserve)
-                   for s in self.sites)
+                   for s in self.sites if s.owner is None)
 
     def baseline_kv_bytes(self, tokens: int, batch: int = 1) -> int:
         """Bytes of Hugging Face's own cache after the same call (of K and V for other models)."""

@@ -115,7 +115,7 @@ def _(  # type: ignore[no-untyped-def]
     q, k, v, planes, positions, valid, sinks, *, scale, window=0, softcap=0.0, store, slot=0,
     layer=0, mass=False,
 ):
-    o = q.new_empty(*q.shape[:-1], v.shape[-1])
+    o = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
     dims, (batch, heads) = (k.shape[-1], v.shape[-1]), k.shape[:2]
     sizes = [x.shape for x in planes]
     places = Store.parse(store).places(dims, k.dtype, sizes) + q.shape[2] if mass else 0

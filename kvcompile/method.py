@@ -77,7 +77,8 @@ class Param:
 class Method:
     """A named method; `axes` maps bound parameters to the axes that the method sets.
 
-    These are the same for all layers, or a sequence: one mapping for each claimed layer, in order.
+    These are the same for all layers, or a sequence: one mapping for each claimed layer, in order;
+    `layers` of the parameters are then the numbers of those layers.
     A method with `calibrate` has parameters that are None until it has seen text: `calibrate`
     gives them from the bound ones and what attention saw in the claimed layers. They are written
     into the recipe (`kvcompile.calibration`), so that its text is all that anybody needs.
@@ -110,14 +111,15 @@ class Method:
         found = [p.name for p in self.params if p.calibrated and bound[p.name] is None]
         return found[0] if found else ""
 
-    def layer_axes(self, term: Term, bound: Mapping[str, Any], layers: int) -> list[Axes]:
-        """What `term`, bound, sets on each of the `layers` layers that it claims."""
-        axes = self.axes(bound)
+    def layer_axes(self, term: Term, bound: Mapping[str, Any], layers: Sequence[int]
+                   ) -> list[Axes]:
+        """What `term`, bound, sets on each of the layers that it claims, given by number."""
+        axes = self.axes({**bound, "layers": tuple(layers)})
         if isinstance(axes, Mapping):
-            return [axes] * layers
-        if len(axes) != layers:
+            return [axes] * len(layers)
+        if len(axes) != len(layers):
             raise RecipeError(f"{located(term)}: was calibrated for {len(axes)} layers, but claims "
-                              f"{layers}")
+                              f"{len(layers)}")
         return list(axes)
 
     def bind(self, term: Term) -> dict[str, Any]:

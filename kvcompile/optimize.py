@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from kvcompile.audit import Audit, audit
 from kvcompile.backend.inductor import check_compiler
 from kvcompile.cache import KVCache
 from kvcompile.engine import Engine
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 def optimize(model: PreTrainedModel, recipe: str | Recipe = "kivi(bits=4)", *,
              max_length: int | None = None, compile: bool = True,
              prefill_chunk: int | None = None,
-             calibration: Tensor | None = None) -> PreTrainedModel:
+             calibration: Tensor | None = None, verify: bool = False) -> PreTrainedModel:
     """A model of the same class family that shares `model`'s weights; K and V stored by `recipe`.
 
     max_length     tokens for which every cache is allocated in advance; more raise CacheFullError
@@ -33,6 +34,10 @@ def optimize(model: PreTrainedModel, recipe: str | Recipe = "kivi(bits=4)", *,
                    ones stored
     calibration    token ids [texts, tokens] for methods that look at text first, such as kvtuner;
                    without it the model writes some for itself, with a fixed seed
+    verify         check the laws (docs/laws.md) on the first prompt: its last tokens are decoded
+                   and each layer's attention is compared with the oracle in fp64; the result is
+                   `.kvcompile.audit`, or a LawError that names layer, store and kernel. Takes
+                   another compilation
 
     `model` is left as it was; if it is itself an optimized model, its captured graph is used again.
     Raises RecipeError, or UnsupportedModelError if the model cannot be captured or mixes tokens by
@@ -64,7 +69,7 @@ def optimize(model: PreTrainedModel, recipe: str | Recipe = "kivi(bits=4)", *,
     out.config = copy.deepcopy(base.config)
     out.generation_config = copy.deepcopy(base.generation_config)
     object.__setattr__(out, "kvcompile", State(base, program, Engine(program, compile), max_length,
-                                               prefill_chunk))
+                                               prefill_chunk, verify))
     out.training = False  # of its own: eval() would reach the shared modules
     return out
 
@@ -73,15 +78,25 @@ class State:
     """What an optimized model knows beyond its class: program, engine, limits and its weights."""
 
     def __init__(self, model: PreTrainedModel, program: Program, engine: Engine,
-                 max_length: int | None, prefill_chunk: int | None) -> None:
+                 max_length: int | None, prefill_chunk: int | None, verify: bool = False) -> None:
         self.model, self.program, self.engine = model, program, engine
         self.max_length, self.prefill_chunk = max_length, prefill_chunk
         self.owner = f"{type(model).__name__}-{id(self):x}"
         self.weights = _weights(model)
-        self.warned = False
+        self.warned, self.verify = False, verify
+        self.audit: Audit | None = None
 
     def new_cache(self) -> OwnCache:
         return OwnCache(self.engine.sites, str(self.program.recipe), self.owner, self.max_length)
+
+    def verify_on(self, ids: Tensor, positions: Tensor, valid: Tensor) -> None:
+        """Check the laws on a prompt, once; one token is too few."""
+        if not self.verify or ids.shape[1] < 2:
+            return
+        self.verify = False
+        self.audit = audit(self.program, ids, positions, valid, chunk=self.prefill_chunk,
+                           compile=self.engine.compile)
+        log.info("the laws hold:\n%s", self.audit)
 
     def check_weights(self, model: PreTrainedModel) -> None:
         """Values changed in place are used as they are; replaced parameters are refused."""
@@ -133,6 +148,8 @@ class Optimized(PreTrainedModel):
         ids = input_ids if input_ids is not None else given.new_zeros(batch, tokens).long()
         if past == 0:
             self.kvcompile.check_weights(self)
+            if use_cache and inputs_embeds is None:
+                self.kvcompile.verify_on(ids, position_ids, valid)
         with torch.no_grad():
             if cache is None and not use_cache:
                 logits = self._stateless(ids, position_ids, valid, keep, inputs_embeds)

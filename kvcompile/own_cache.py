@@ -134,6 +134,8 @@ class OwnCache(KVCache):
 
     def _held(self, layer: int) -> list[list[Tensor]]:
         site = self.sites[layer]
+        if site.owner is not None:
+            return self._held(site.owner)
         if site.store.slots:
             group = next(g for g in self.groups if site in g.sites)
             flat = module("kernels", "evict").slot_positions(

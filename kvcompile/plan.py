@@ -50,7 +50,7 @@ def plan(recipe: str | Recipe, layers: int) -> tuple[LayerPlan, ...]:
             raise RecipeError(f"{located(term)}: {missing} comes from calibration: kvcompile."
                               "optimize(model, recipe, calibration=ids) finds it")
         claimed = claimed_layers(term, params["layers"], layers)
-        for i, axes in zip(claimed, method.layer_axes(term, params, len(claimed)), strict=True):
+        for i, axes in zip(claimed, method.layer_axes(term, params, claimed), strict=True):
             claims[i].append((term, {a: _value(a, v) for a, v in axes.items()}))
     merged = [_merged(own) for own in claims]
     clashes = [(clash, i) for i, (_, clash) in enumerate(merged) if clash]

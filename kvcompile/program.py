@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
-from kvcompile.calibration import calibrated
+from kvcompile.calibration import calibrated, uncalibrated
 from kvcompile.capture import export
 from kvcompile.capture_module import export_module
 from kvcompile.errors import KVCompileError, nearest
@@ -101,7 +101,7 @@ def capture(model: nn.Module, recipe: str | Recipe = "full",
     """
     start = time.perf_counter()
     recipe = Recipe.parse(recipe)
-    if isinstance(model, PreTrainedModel):  # what is wrong with a recipe is said at once
+    if isinstance(model, PreTrainedModel) and not uncalibrated(recipe):  # errors are told at once
         config = model.config.get_text_config(decoder=True)
         check_axes(plan(recipe, getattr(config, "num_hidden_layers", None) or 1))
     gm = export(model) if isinstance(model, PreTrainedModel) else export_module(model)

@@ -15,8 +15,10 @@ from typing import ClassVar, Protocol
 from torch.fx import Graph, GraphModule
 
 from kvcompile.errors import KVCompileError
+from kvcompile.ir import argument, attention_nodes
 from kvcompile.plan import LayerPlan
 from kvcompile.registry import plugins
+from kvcompile.site import owners
 from kvcompile.verify import verify
 
 log = logging.getLogger(__name__)
@@ -87,7 +89,7 @@ def run_passes(sequence: Sequence[Pass], gm: GraphModule, plan: Sequence[LayerPl
     done: list[str] = []
     for p in sequence:
         start = time.perf_counter()
-        outcomes = p.run(gm, plan)
+        outcomes = _run(p, gm, plan)
         gm.recompile()
         try:
             verify(gm)
@@ -99,6 +101,21 @@ def run_passes(sequence: Sequence[Pass], gm: GraphModule, plan: Sequence[LayerPl
         log.info("%s: %d sites in %.2f s", p.name, len(outcomes), seconds)
         if after:
             after(p, gm, outcomes, seconds)
+
+
+def _run(p: Pass, gm: GraphModule, plan: Sequence[LayerPlan]) -> list[Outcome]:
+    """Run `p`; then layers that attend to another one's K and V are stored as that one is."""
+    before = [argument(node, "store") for node in attention_nodes(gm.graph)]
+    outcomes, nodes = p.run(gm, plan), attention_nodes(gm.graph)
+    shared = owners(nodes)
+    told: list[Outcome] = [
+        Rewritten(o.layer, f"as layer {shared[o.layer]}") if o.layer in shared
+        and argument(nodes[o.layer], "store") != before[o.layer] else o for o in outcomes]
+    for layer, owner in shared.items():
+        store = argument(nodes[owner], "store")
+        if argument(nodes[layer], "store") != store:
+            nodes[layer].kwargs = {**nodes[layer].kwargs, "store": store}
+    return told
 
 
 def copy_graph(gm: GraphModule) -> GraphModule:

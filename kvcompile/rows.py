@@ -67,6 +67,11 @@ def fused(site: Site) -> dict[str, str]:
     return {op: reason for op, reason in found.items() if reason}
 
 
+def stored(site: Site) -> str:
+    """`storage` of a layer, or whose it reads."""
+    return storage(site.store) if site.owner is None else f"that of layer {site.owner}"
+
+
 def storage(store: Store) -> str:
     """A store in short: a line for K and one for V (one if alike), and one for what is kept."""
     lines = []
@@ -84,6 +89,8 @@ def storage(store: Store) -> str:
 def bytes_per_token(site: Site) -> float:
     """Bytes of one token's K and V in the tier where tokens end up; pages are not rounded up."""
     total = 0.0
+    if site.owner is not None:
+        return total
     for side, dim in zip(SIDES, site.dims, strict=True):
         tier = "body" if "body" in site.store.tiers(side) else "recent"
         fmt = site.store.format(side, tier)
@@ -103,7 +110,7 @@ def _rewrites(program: Program, before: list[float]) -> Iterator[Row]:
             else:
                 told = ("rewritten", ", ".join(o.what for o in own if isinstance(o, Rewritten)), "")
             after = bytes_per_token(sites[layer])
-            yield Row(layer, name, *told, storage(sites[layer].store), before[layer], after,
+            yield Row(layer, name, *told, stored(sites[layer]), before[layer], after,
                       *kernel_of(last[layer]))
             before[layer] = after
 
@@ -126,7 +133,7 @@ def _idle(program: Program) -> Iterator[Row]:
             if claimed[site.layer] and now[site.layer] == without[site.layer]:
                 size = bytes_per_token(site)
                 yield Row(site.layer, "recipe", "warning", f"{term} changes nothing here", "",
-                          storage(site.store), size, size, *kernel_of(site))
+                          stored(site), size, size, *kernel_of(site))
 
 
 def _effects(program: Program, recipe: Recipe) -> list[list[str]]:
@@ -141,5 +148,5 @@ def _effects(program: Program, recipe: Recipe) -> list[list[str]]:
 
     run_passes(passes(), gm, plan(recipe, len(told)), note)
     for site in Program(program.name, gm, recipe).sites:
-        told[site.layer].append(str(site.store))
+        told[site.layer].append(stored(site))
     return told

@@ -12,7 +12,11 @@ from kvcompile.store import Store
 
 @dataclass(frozen=True)
 class Site:
-    """One attention layer: its heads, head dimensions (K, V), dtype, own window and storage."""
+    """One attention layer: its heads, head dimensions (K, V), dtype, own window and storage.
+
+    Layers that attend to the same K and V share what is stored: for all but the first of them
+    `owner` is that first one, which stores them, and `store` is the owner's.
+    """
 
     layer: int
     q_heads: int
@@ -21,6 +25,7 @@ class Site:
     dtype: torch.dtype
     window: int
     store: Store
+    owner: int | None = None
     rule: str = ""  # which tokens stay (kvcompile/rule.py), where scores decide
 
     @property
@@ -31,19 +36,30 @@ class Site:
 
 def sites(graph: Graph) -> tuple[Site, ...]:
     """The kvc.attention nodes of `graph` as sites, in order of execution."""
-    return tuple(_site(i, node) for i, node in enumerate(attention_nodes(graph)))
+    nodes = attention_nodes(graph)
+    owner = owners(nodes)
+    return tuple(_site(i, node, owner.get(i)) for i, node in enumerate(nodes))
+
+
+def owners(nodes: Sequence[Node]) -> dict[int, int]:
+    """Layer -> the first one with the same k and v, for kvc.attention nodes that are not that."""
+    first: dict[tuple[Node, Node], int] = {}
+    each = enumerate((argument(n, "k"), argument(n, "v")) for n in nodes)
+    return {i: owner for i, both in each if (owner := first.setdefault(both, i)) != i}
 
 
 def groups(sites: Sequence[Site]) -> list[list[int]]:
-    """Layers whose planes are alike, by number, in order of the first; a slot is an index there."""
+    """Owners whose planes are alike, by number, in order of the first; a slot is an index there."""
     alike: dict[tuple, list[int]] = {}
-    for i, site in enumerate(sites):
-        alike.setdefault((site.store, site.heads, site.dims, site.dtype, bool(site.rule)), []).append(i)
+    for site in sites:
+        if site.owner is None:
+            key = (site.store, site.heads, site.dims, site.dtype, bool(site.rule))
+            alike.setdefault(key, []).append(site.layer)
     return list(alike.values())
 
 
-def _site(layer: int, node: Node) -> Site:
+def _site(layer: int, node: Node, owner: int | None) -> Site:
     q, k, v = (argument(node, n).meta["val"] for n in "qkv")
     return Site(layer, int(q.shape[1]), int(k.shape[1]), (int(k.shape[3]), int(v.shape[3])),
-                k.dtype, argument(node, "window"), Store.parse(argument(node, "store")),
+                k.dtype, argument(node, "window"), Store.parse(argument(node, "store")), owner,
                 argument(node, "rule"))

@@ -29,6 +29,8 @@ from kvcompile.recipe import Term, parse_term
 DENSE = Term("dense")
 SLOTS = "slots"  # beside K and V: what is known of the token in each place
 SIDES: tuple[SideName, ...] = ("k", "v")
+AXES = (*(f"{axis}.{side}" for side in SIDES for axis in ("format", "block", "lag")), "sinks",
+        "window")  # what `Store.of` reads
 
 
 class Span(NamedTuple):

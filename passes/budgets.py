@@ -314,10 +314,21 @@ class Dense(Sized):
 
 
 def shares(weights: Sequence[float], mean: int, least: int, most: int) -> list[int]:
-    """`mean` * len(weights) tokens given out in proportion, `least` to each first, `most` at most."""
-    least = min(least, mean)
-    total = sum(weights) or 1.0
-    return [min(most, least + int((mean - least) * len(weights) * w / total)) for w in weights]
+    """`mean` * len(weights) tokens in proportion, `least` to each first, `most` at most.
+
+    What some cannot take is given to the others in the same proportion.
+    """
+    least, out = min(least, mean), [0] * len(weights)
+    spare, still = (mean - least) * len(weights), {*range(len(weights))}
+    while still:
+        total = sum(weights[i] for i in still)
+        each = {i: int(spare * (weights[i] / total if total else 1 / len(still))) for i in still}
+        full = {i for i in still if least + each[i] >= most}
+        for i in full or still:
+            out[i] = min(most, least + each[i])
+        spare -= sum(most - least for _ in full)
+        still = still - full if full else set()
+    return out
 
 
 BUDGETS = (Uniform, Pyramid, Pooled, Everywhere, Threshold, WholeChunks, PerPart, ByHead, Lazy,

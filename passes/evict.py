@@ -48,8 +48,8 @@ def _how(node: Node, rule: Rule, store: Store, term: object) -> str:
         raise RecipeError(f"{term}: layer {layer}: {rule.score.name} scores whole prompts, not the "
                           "tokens that follow; wrap a method that evicts while decoding")
     if store.sinks or store.window:
-        raise RecipeError(f"{term}: layer {layer}: tokens cannot be evicted from a store that keeps "
-                          "the first ones apart; give the method sinks= instead")
+        raise RecipeError(f"{term}: layer {layer}: tokens cannot be evicted from a store that "
+                          "keeps the first ones apart; give the method sinks= instead")
     reasons = [f"{side.upper()} {term_of(how.format)}" for side in SIDES
                if (how := store.side(side)).format.step > 1 or how.delayed]
     if not reasons:

@@ -5,22 +5,23 @@
     extend    o = attend(q, k, v, planes); ...; append(planes, all k, all v)    S >= 1 tokens more
 
 Layers of equal storage form a group, whose planes become inputs, group by group in `Store.planes`
-order, after the graph's own inputs; a layer is a slot of its group's planes. The outputs become
-(logits, ok): `ok[layer]` tells whether K and V could be stored. Tokens are stored only up to the
-first layer that is not ok (prefill, where each layer's K and V are freed once stored) or only if
-all are (extend, which stores each group at its very end): so a call either counts or not.
+order, after the graph's own inputs; a layer is a slot of its group's planes. A layer with the k and
+v of an earlier one reads that one's slot and stores nothing. The outputs become (logits, ok):
+`ok[i]` tells whether K and V of the i-th layer that stores some could be stored. Tokens are stored
+only up to the first that is not ok (prefill, where each layer's K and V are freed once stored) or
+only if all are (extend, which stores each group at its very end): so a call either counts or not.
 """
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from kvcompile.beside import output_weight, rotary
-from kvcompile.ir import APPEND, ATTEND, EVICT, KEEP, SCORE, STORABLE, argument, attention_nodes
+from kvcompile.ir import APPEND, ATTEND, EVICT, STORABLE, argument, attention_nodes
+from kvcompile.passes.chosen import Chosen
 from kvcompile.plan import LayerPlan
 from kvcompile.rewrite import Outcome, Rewritten
 from kvcompile.rule import Rule
@@ -49,7 +50,8 @@ class InsertCache:
         ok = (_prefill if self.phase == "prefill" else _extend)(graph, nodes, known, shared)
         output = graph.output_node()
         output.args = ((output.args[0], *ok),)
-        return [Rewritten(site.layer, self.phase) for site in known]
+        return [Rewritten(site.layer, self.phase if site.owner is None else
+                          f"{self.phase}, reads layer {site.owner}") for site in known]
 
 
 class Shared(NamedTuple):
@@ -61,82 +63,41 @@ class Shared(NamedTuple):
 
 def _prefill(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list[Shared]
              ) -> list[Any]:
-    """Store each layer right before its attention, to exact K and V; bool [layers].
+    """Store each layer right before its attention, to exact K and V; bool [owners].
 
     What layers with a rule keep is a second output: what kvc.keep returns, for each of them.
     """
-    place = {layer: (own.planes, slot) for own in shared for slot, layer in enumerate(own.layers)}
-    fine: list[Node] = []
+    place, fine = _places(shared), list[Node]()
     chosen = Chosen(graph) if any(site.rule for site in sites) else None
     for site, node in zip(sites, nodes, strict=True):
-        with graph.inserting_before(node):
-            fine.append(_storable(graph, [node], [site]))
-            if len(fine) > 1:
-                fine[-1] = _call(graph, aten.logical_and.default, *fine[-2:])
-            if site.rule and chosen:
-                chosen.score(node, site)
-            else:
-                allowed = _call(graph, aten.bitwise_and.Tensor, argument(node, "valid"), fine[-1])
-                planes, slot = place[site.layer]
-                _append(graph, planes, [node], [slot], allowed)
+        if site.owner is None:
+            with graph.inserting_before(node):
+                fine.append(_storable(graph, [node], [site]))
+                if len(fine) > 1:
+                    fine[-1] = _call(graph, aten.logical_and.default, *fine[-2:])
+                if site.rule and chosen:
+                    chosen.score(node, site)
+                else:
+                    allowed = _call(graph, aten.bitwise_and.Tensor, argument(node, "valid"),
+                                    fine[-1])
+                    planes, slot = place[site.layer]
+                    _append(graph, planes, [node], [slot], allowed)
         node.kwargs = {k: v for k, v in node.kwargs.items() if k not in ("store", "rule")}
     with graph.inserting_before(graph.output_node()):
         return [_call(graph, aten.cat.default, fine), *([chosen.kept()] if chosen else [])]
 
 
-class Chosen:
-    """Writes what layers with a rule keep of a prompt: kvc.score at once; kvc.keep at once too, or
-    where a budget spans layers at the end of the graph."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph, self.found = graph, dict[int, list[Node]]()
-        self.waiting: dict[str, list[tuple[Site, Node, Node]]] = {}
-        last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-        with graph.inserting_after(last):
-            self.hints = graph.placeholder("hints")
-
-    def score(self, node: Node, site: Site) -> None:
-        """Score a layer's tokens, before `node`, its attention."""
-        rule, (angles, style) = Rule.parse(site.rule), rotary(node)
-        weight = output_weight(node, self.graph) if "weight" in rule.needs else None
-        given = [argument(node, n) for n in ("q", "k", "v", "positions", "valid")]
-        both = _call(self.graph, SCORE, *given, self.hints, weight, angles, rule=site.rule,
-                     scale=argument(node, "scale"), softcap=argument(node, "softcap"), style=style)
-        if rule.budgeter.across:
-            key = str(replace(rule, layer=0, budget=rule.budgeter.name))
-            self.waiting.setdefault(key, []).append((site, node, both))
-        else:
-            self._keep([(site, node, both)])
-
-    def _keep(self, layers: list[tuple[Site, Node, Node]]) -> None:
-        first, (angles, style) = layers[0][1], rotary(layers[0][1])
-        scores, measures = ([_call(self.graph, operator.getitem, both, i) for *_, both in layers]
-                            for i in (0, 1))
-        k, v = ([argument(node, side) for _, node, _ in layers] for side in SIDES)
-        every = _call(self.graph, KEEP, scores, measures, k, v, argument(first, "positions"),
-                      argument(first, "valid"), self.hints, angles,
-                      rules=[site.rule for site, *_ in layers], style=style)
-        parts = [_call(self.graph, operator.getitem, every, i) for i in range(4)]
-        for i, (site, *_) in enumerate(layers):
-            self.found[site.layer] = [_call(self.graph, operator.getitem, p, i) for p in parts]
-
-    def kept(self) -> list[list[Node]]:
-        """K, V, columns and scores of each layer with a rule, in order."""
-        for layers in self.waiting.values():
-            self._keep(layers)
-        return [self.found[layer] for layer in sorted(self.found)]
-
-
 def _extend(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list[Shared]
             ) -> list[Any]:
     """Attend to what is stored, and store all layers of a group together at the end."""
+    place, owners = _places(shared), [site for site in sites if site.owner is None]
     mass: dict[int, Node | None] = {}
-    for own in shared:
-        for slot, layer in enumerate(own.layers):
-            with graph.inserting_before(nodes[layer]):
-                mass[layer] = _attend(graph, nodes[layer], own.planes, slot)
+    for site, node in zip(sites, nodes, strict=True):
+        with graph.inserting_before(node):
+            mass[site.layer] = _attend(
+                graph, node, *place[site.layer if site.owner is None else site.owner])
     with graph.inserting_before(graph.output_node()):
-        ok = _storable(graph, nodes, sites)
+        ok = _storable(graph, [nodes[site.layer] for site in owners], owners)
         allowed = _call(graph, aten.bitwise_and.Tensor, argument(nodes[0], "valid"),
                         _call(graph, aten.all.default, ok))
         for own in shared:
@@ -148,6 +109,11 @@ def _extend(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list
     for node in nodes:
         graph.erase_node(node)
     return [ok]
+
+
+def _places(shared: list[Shared]) -> dict[int, tuple[list[Node], int]]:
+    """Layer -> its group's planes and its slot, for the layers that store."""
+    return {layer: (own.planes, slot) for own in shared for slot, layer in enumerate(own.layers)}
 
 
 def _call(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:

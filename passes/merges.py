@@ -1,4 +1,4 @@
-"""Merges: what becomes of the tokens that are not kept. Counts are 1: published merges have none."""
+"""Merges: what becomes of the tokens that are not kept. Counts are 1, as published."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -71,7 +71,8 @@ def _streams(heads: Sequence[int], p: Mapping[str, Any]) -> Axes:
 
 
 def _duoattention(p: Mapping[str, Any]) -> list[Axes]:
-    return [_streams(heads, p) for heads in p["heads"]]
+    """Before calibration, as an example, every second head streams."""
+    return [_streams(heads, p) for heads in p["heads"] or [(1, 0)] * len(p["layers"])]
 
 
 def retrieval(samples: Sequence[Sample], sinks: int, recent: int) -> list[torch.Tensor]:
@@ -145,7 +146,7 @@ def echoes(s: Sample, length: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _headkv(p: Mapping[str, Any]) -> list[Axes]:
-    importance = [torch.tensor(heads) for heads in p["heads"]]
+    importance = [torch.tensor(heads) for heads in p["heads"] or [(1.0, 1.0)] * len(p["layers"])]
     total, heads = float(sum(i.sum() for i in importance)) or 1.0, sum(map(len, importance))
     spare = p["budget"] - p["window"]
     base, pot = spare - spare / p["beta"], spare / p["beta"] * heads
@@ -160,7 +161,8 @@ def _calibrate_headkv(p: Mapping[str, Any], samples: Samples) -> Axes:
 
 
 def _qfilters(p: Mapping[str, Any]) -> list[Axes]:
-    return [keep(term("filter", directions=layer), p) for layer in p["filters"]]
+    return [keep(term("filter", directions=layer), p)
+            for layer in p["filters"] or [((1.0,),)] * len(p["layers"])]
 
 
 def _calibrate_qfilters(p: Mapping[str, Any], samples: Samples) -> Axes:

@@ -10,7 +10,6 @@ from kvcompile.errors import RecipeError
 from kvcompile.method import Axes, Method, Param
 from kvcompile.recipe import Term, Value
 
-
 BUDGET = Param("budget", None, minimum=1, help="tokens that a head keeps, on average")
 RATIO = Param("ratio", None, minimum=0.001, maximum=1.0,
               help="or the share of the prompt that it keeps")
@@ -237,7 +236,7 @@ METHODS: tuple[Method, ...] = (
     ),
     Method(
         name="simlayerkv", title="SimLayerKV", paper="arXiv:2410.13846", family="selection",
-        params=(Param("above", 0.9, minimum=0.0, maximum=1.0, help="attention mass of a lazy layer"),
+        params=(Param("above", 0.9, minimum=0.0, maximum=1.0, help="mass that makes a layer lazy"),
         *PROTECT, Param("recent", 1024, minimum=1, help="newest tokens of a lazy layer"),
         Param("queries", 1, minimum=1, help="last queries that are asked")),
         axes=_simlayerkv, note="lazy layers, found for every prompt, keep first and newest tokens",

@@ -90,7 +90,7 @@ class Received:
 
 @dataclass(frozen=True)
 class Last:
-    """TOVA: the weight that the last query gives, mean over all heads, which keep the same tokens."""
+    """TOVA: the weight that the last query gives, mean over all heads; all keep the same."""
 
     name: ClassVar[str] = "last"
     needs: ClassVar[tuple[str, ...]] = ()

@@ -200,7 +200,7 @@ class Redundant:
         return torch.where(new, mass, score * kept + mass / self.window)
 
     def final(self, score: Tensor, keys: Tensor, order: Tensor) -> Tensor:
-        """What eviction goes by: `score` [N, slots], keys [N, slots, Dk] and their order in time."""
+        """What eviction goes by: score [N, slots], keys [N, slots, Dk] and their order in time."""
         back = order.argsort(-1)
         index = order[..., None].expand_as(keys)
         part = redundancy(keys.gather(1, index), self.alike).gather(1, back)

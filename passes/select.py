@@ -13,6 +13,7 @@ from kvcompile.plan import LayerPlan
 from kvcompile.recipe import Term
 from kvcompile.rewrite import Outcome, Refused, Rewritten
 from kvcompile.rule import Rule, options
+from kvcompile.site import owners
 from kvcompile.store import Store
 
 KEEP = "keep."
@@ -38,10 +39,14 @@ class Select:
     def run(self, gm: GraphModule, plan: Sequence[LayerPlan]) -> list[Outcome]:
         outcomes: list[Outcome] = []
         nodes = attention_nodes(gm.graph)
-        ruled = [i for i, own in enumerate(plan) if own.get(KEEP + "score")
+        shared = owners(nodes)
+        ruled = [i for i, own in enumerate(plan) if own.get(KEEP + "score") and i not in shared
                  and not argument(nodes[i], "window")]
         for index, node in enumerate(nodes):
             axes = {a: v for a, v in plan[index].values.items() if a in self.axes}
+            if KEEP + "score" in axes and index in shared:
+                outcomes.append(Rewritten(index, f"as layer {shared[index]}"))
+                continue
             if KEEP + "score" in axes:
                 outcomes.append(_rule(node, axes, index, ruled, plan[index]))
                 continue

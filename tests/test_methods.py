@@ -65,7 +65,7 @@ def test_every_method(method: Method) -> None:
         assert param.help
         for choice in param.choices or ():
             bound = method.bind(Term(method.name, ((param.name, choice),)))
-            for axis, value in method.layer_axes(written, bound, 1)[0].items():
+            for axis, value in method.layer_axes(written, bound, range(4))[-1].items():
                 if axis.startswith("format."):
                     assert str(parse_term(str(value))) == str(value)
 

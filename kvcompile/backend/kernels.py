@@ -88,7 +88,8 @@ def append(planes: list[Any], k: list[Any], v: list[Any], positions: Any, valid:
     inputs["valid"] = contiguous(valid)
     kernel([cpp_append.headers(), cpp_append.functions(parsed, dims, dtype)],
            cpp_append.statements(parsed, dims, dtype, int(heads), slots, threads(),
-                                 len(valid.get_size()) == 3), inputs, [1], torch.uint8, [f"plane{i}" for i in range(len(planes))])
+                                 len(valid.get_size()) == 3), inputs, [1], torch.uint8,
+           [f"plane{i}" for i in range(len(planes))])
     return ()
 
 
