@@ -1,7 +1,7 @@
 """Running a program: picks the graph for a call, compiles the decode graph, checks the result."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
 
@@ -37,6 +37,7 @@ class Engine:
         self._decode: dict[bool, Callable] = {}
         self._graphs: dict[str, GraphModule] = {}
         self.storing = Storing(compile)
+        self.warned = False
         self.taps: list[Tensor] = []  # what a graph gives beside logits and ok (kvcompile/audit.py)
 
     def run(self, cache: OwnCache, ids: Tensor, positions: Tensor, valid: Tensor,
@@ -71,8 +72,18 @@ class Engine:
                                  f"{limit:g}; nothing of this call was stored")
         if kept:
             cache.store(kept, self.storing.append, tokens)
+            self._say_if_all(cache, kept)
         cache.commit(tokens)
         return logits
+
+    def _say_if_all(self, cache: OwnCache, kept: Sequence[Sequence[Tensor]]) -> None:
+        """Say once that a budget was larger than a prompt."""
+        every = int(sum((at >= 0).sum() for _, _, at, _ in kept))
+        given = sum(s.heads for s in self.sites if s.rule) * sum(cache.new)
+        if every == given and not self.warned and not all(r.every for r in self.rules):
+            self.warned = True
+            log.warning("%s: the prompt (%d tokens) is within the budget, and all of it is kept",
+                        cache.recipe, max(cache.new))
 
     def _probed(self, ids: Tensor, positions: Tensor, valid: Tensor
                 ) -> tuple[Tensor, Tensor, Tensor, int]:

@@ -44,6 +44,11 @@ class OwnCache(KVCache):
     def rows(self) -> list[int]:
         return self._rows
 
+    @property
+    def new(self) -> list[int]:
+        """Tokens that the last call gave to each row."""
+        return self._new
+
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self._columns + query_length, 0
 

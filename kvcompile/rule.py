@@ -51,7 +51,8 @@ class Budget(Protocol):
         ...
 
     def most(self, tokens: int, heads: int) -> tuple[int, int]:
-        """At most how many tokens a head keeps of so many, and all heads of a layer together."""
+        """At most how many tokens a head keeps of so many, and all heads of a layer together (of
+        budgets that span layers: on average)."""
         ...
 
 

@@ -13,7 +13,7 @@ A tier is a pool of pages of 128 tokens of one kv head, and an int32 page table
 ring over its pages.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from math import lcm
@@ -222,19 +222,37 @@ class Store:
 
         `reserve` is a count that every row has pages for in advance (`max_length`).
         """
-        total = 4 * heads * len(counts)
         most = [max(n, reserve) for n in counts]
+        return sum(self.pieces(dims, dtype, heads, len(counts), lambda side, tier: (
+            heads * sum(self.pages(side, tier, n) for n in most),
+            max((self.pages(side, tier, n) for n in most), default=0))))
+
+    def at_most(self, dims: tuple[int, int], dtype: torch.dtype, heads: int, each: int, total: int,
+                widest: int) -> int:
+        """Bytes that a row of a layer takes at most whose heads hold `each` tokens at most, and
+        `total` together; `widest` tokens are in the fullest head of the layers that share planes.
+        """
+        def pages(side: str, tier: str) -> tuple[int, int]:
+            full = heads * self.pages(side, tier, each)
+            return min(full, total // PAGE + heads), self.pages(side, tier, widest)
+
+        return sum(self.pieces(dims, dtype, heads, 1, pages))
+
+    def pieces(self, dims: tuple[int, int], dtype: torch.dtype, heads: int, rows: int,
+               pages: Callable[[str, str], tuple[int, int]]) -> Iterator[int]:
+        """Bytes of a layer's planes, where pages(side, tier) gives the tier's pages of all heads,
+        and those of the fullest."""
+        yield 4 * heads * rows * (2 if self.slots else 1)
+        bits = {SLOTS: 8 * PAGE}
         for name, dim in zip(SIDES, dims, strict=True):
             for tier in self.tiers(name):
                 fmt = self.format(name, tier)
-                per_step = step_bytes(fmt, dim, dtype, name)
-                pages = [self.pages(name, tier, n) for n in most]
-                total += heads * sum(pages) * (PAGE // fmt.step) * per_step
-                total += 4 * heads * len(counts) * max(pages, default=0)
-        if self.slots:
-            pages = [_pages(n) for n in most]
-            total += heads * (8 * PAGE * sum(pages) + 4 * len(counts) * (1 + max(pages, default=0)))
-        return total
+                bits[f"{name}.{tier}"] = PAGE // fmt.step * step_bytes(fmt, dim, dtype, name)
+        for key, size in bits.items():
+            if key == SLOTS and not self.slots:
+                continue
+            every, most = pages(*(key.split(".") if key != SLOTS else (SLOTS, "all")))
+            yield every * size + 4 * heads * rows * most
 
     def places(self, dims: tuple[int, int], dtype: torch.dtype, sizes: Sequence[Sequence[Any]]
                ) -> Any:

@@ -118,7 +118,7 @@ class Everywhere(Sized):
         return pool(scores, size(self.tokens, self.ratio, scores[0].shape[1]), self.floor)
 
     def most(self, tokens: int, heads: int) -> tuple[int, int]:
-        return tokens, heads * tokens
+        return tokens, heads * size(self.tokens, self.ratio, tokens)
 
 
 def pool(scores: Sequence[Tensor], each: int, floor: float) -> list[list[int]]:
@@ -285,7 +285,7 @@ class Cake(Sized):
             strict=True)]
 
     def most(self, tokens: int, heads: int) -> tuple[int, int]:
-        return tokens, heads * tokens
+        return tokens, heads * size(self.tokens, self.ratio, tokens)
 
 
 @dataclass(frozen=True)
@@ -310,7 +310,7 @@ class Dense(Sized):
             strict=True)]
 
     def most(self, tokens: int, heads: int) -> tuple[int, int]:
-        return tokens, heads * tokens
+        return tokens, heads * size(self.tokens, self.ratio, tokens)
 
 
 def shares(weights: Sequence[float], mean: int, least: int, most: int) -> list[int]:
