@@ -21,9 +21,10 @@ from kvcompile.program import Program, capture  # noqa: E402
 from kvcompile.recipe import Recipe  # noqa: E402
 from kvcompile.registry import module as _module  # noqa: E402
 
-for _name in ("eager", "evict", "hosted", "linear", "select"):  # they register the bodies of the kvc ops
+for _name in ("eager", "evict", "hosted", "linear", "select"):  # bodies of the kvc ops
     _module("kernels", _name)
 
 __version__ = "0.1.0"
 __all__ = ["CacheFullError", "KVCache", "KVCompileError", "Program", "Recipe", "RecipeError",
-           "Report", "UnsupportedModelError", "capture", "explain", "methods", "optimize", "prefill"]
+           "Report", "UnsupportedModelError", "capture", "explain", "methods", "optimize",
+           "prefill"]
