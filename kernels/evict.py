@@ -7,8 +7,8 @@ the page tables. Nothing is ever encoded again, and no memory is taken or freed.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ from kvcompile.store import SIDES, Store
 LAST = torch.iinfo(torch.int32).max  # a position that no token has
 
 
-class Heads(NamedTuple):
+@dataclass(frozen=True)
+class Heads:
     """Planes of some layers, one row for each of their N (layer, row, head): views."""
 
     store: Store
@@ -39,7 +40,7 @@ class Heads(NamedTuple):
         """What is known of every slot: [N, slots], a copy."""
         return self.named[f"slots.all.{name}"][self.table("slots.all").long()].flatten(1)
 
-    def put(self, name: str, index: tuple[Tensor, Tensor], values: Tensor) -> None:
+    def put(self, name: str, index: tuple[Tensor, ...], values: Tensor) -> None:
         """Write values of the slots (head, number)."""
         head, number = index
         page = self.table("slots.all")[head, number // PAGE].long()

@@ -34,9 +34,9 @@ def score(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor, hin
     for row, columns, own in _rows(valid, probe):
         if not len(own):
             continue
-        x = Prompt(*(t[row][:, columns] for t in (q, k, v)), positions[row, columns], scale,
-                   softcap, len(own), min(question, len(own)), weight,
-                   _angles(angles, row, columns), style, parsed.layer, parsed.layers)
+        x = Prompt(q[row][:, columns], k[row][:, columns], v[row][:, columns],
+                   positions[row, columns], scale, softcap, len(own), min(question, len(own)),
+                   weight, _angles(angles, row, columns), style, parsed.layer, parsed.layers)
         scores[row][:, own] = parsed.scorer.prompt(x).float()
         measures[row] = parsed.budgeter.measure(x)
     return scores, measures

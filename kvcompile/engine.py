@@ -60,7 +60,7 @@ class Engine:
         else:
             call = self._eager("extend", embeds)
         logits, ok, *self.taps = call(ids, positions, valid, keep, *planes, *hints)
-        kept = self.taps.pop(0) if hints else None
+        kept: Any = self.taps.pop(0) if hints else None
         if not bool(ok.all()):
             cache.rollback()
             if fresh:

@@ -42,7 +42,7 @@ class Group:
         """
         store, rows = self.site.store, None if isinstance(counts, Tensor) else counts
         if rows is not None and all(
-                store.pages(*key.split("."), n) <= least  # type: ignore[call-arg]
+                store.pages(*key.split("."), n) <= least  # type: ignore[call-arg, arg-type]
                 for key, each in self._least.items() for n, least in zip(rows, each, strict=True)):
             return
         counts = torch.as_tensor(counts, device="cpu").long()

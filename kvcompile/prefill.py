@@ -30,4 +30,4 @@ def prefill(model: PreTrainedModel, context_ids: Tensor, *, attention_mask: Tens
     out = model(input_ids=context_ids.to(model.device), attention_mask=mask.to(model.device),
                 position_ids=positions.to(model.device), use_cache=True, logits_to_keep=1,
                 question_length=question_length)
-    return out.past_key_values  # type: ignore[no-any-return]
+    return out.past_key_values

@@ -148,7 +148,7 @@ def _append(graph: Graph, planes: list[Node], nodes: list[Node], slots: list[int
 def _evict(graph: Graph, planes: list[Node], nodes: list[Node], mass: list[Node], valid: Node
            ) -> None:
     k, v = ([argument(n, side) for n in nodes] for side in SIDES)
-    group = nodes[0].args[0].meta["val"].shape[1] // k[0].meta["val"].shape[1]
+    group = argument(nodes[0], "q").meta["val"].shape[1] // k[0].meta["val"].shape[1]
     _call(graph, EVICT, planes, mass, k, v, argument(nodes[0], "positions"), valid,
           store=argument(nodes[0], "store"), rules=[argument(n, "rule") for n in nodes],
           slots=[*range(len(nodes))], group=int(group))

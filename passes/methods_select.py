@@ -15,7 +15,7 @@ RATIO = Param("ratio", None, minimum=0.001, maximum=1.0,
               help="or the share of the prompt that it keeps")
 
 
-def chosen(name: str, default: float, *params: Param, axes: Callable[[Mapping[str, Any]], Axes],
+def chosen(name: str, default: float, *params: Param, axes: Callable[[Mapping[str, Any]], Any],
            **about: Any) -> Method:
     """A method with a budget: tokens, if `default` is an int, else a share of the prompt."""
     tokens = isinstance(default, int)
@@ -23,7 +23,7 @@ def chosen(name: str, default: float, *params: Param, axes: Callable[[Mapping[st
             else BUDGET, RATIO if tokens else
             replace(RATIO, help=f"{RATIO.help} ({default} if budget is not given)"))
 
-    def bound(p: Mapping[str, Any]) -> Axes:
+    def bound(p: Mapping[str, Any]) -> Any:
         if p["budget"] is not None and p["ratio"] is not None:
             raise RecipeError(f"{name}: give budget= (tokens) or ratio= (a share), not both")
         if p["budget"] is None and p["ratio"] is None:
