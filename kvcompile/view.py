@@ -72,3 +72,20 @@ def contract(store: Store, k: Tensor, v: Tensor) -> Contract:
     kept = torch.tensor(store.numbers(k.shape[1]), dtype=torch.long)
     dropped = torch.ones(k.shape[:2], dtype=torch.bool).index_fill(1, kept, False)
     return Contract(eps["k"], eps["v"], dropped)
+
+
+def selected(store: Store, held: Tensor, ids: Tensor, k: Tensor, v: Tensor) -> Contract:
+    """`contract` where each head was given tokens of its own choice.
+
+    `held` [H, N] are the position ids of a head's slots (-1 fills), `ids` [T] those of all tokens k
+    [H, T, Dk], v [H, T, Dv].
+    """
+    out = Contract.exact(k, v)
+    out.dropped[:] = True
+    for head, slots in enumerate(held):
+        at = (slots[slots >= 0][:, None] == ids[None]).int().argmax(1)
+        own = contract(store, k[head : head + 1, at], v[head : head + 1, at])
+        for every, mine in zip((out.k, out.v, out.dropped), (own.k, own.v, own.dropped),
+                               strict=True):
+            every[head, at] = mine[0]
+    return out
