@@ -10,7 +10,7 @@ from kvcompile.kernels.cpp_attend import FOLDER, READERS, TIERS, missing, tiers
 from kvcompile.kernels.dense import CPP
 from kvcompile.store import SIDES, Store
 
-FILES = (*READERS, FOLDER / "append.h")
+FILES = (*READERS, FOLDER / "append.h", FOLDER / "direction_writer.h")
 
 
 def unsupported(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> str | None:
@@ -19,9 +19,9 @@ def unsupported(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> str 
 
 
 @cache
-def headers() -> str:
+def headers() -> tuple[str, ...]:
     """What every kernel's text starts with."""
-    return "\n".join(file.read_text() for file in FILES)
+    return tuple(file.read_text() for file in FILES)
 
 
 def functions(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> str:
@@ -32,7 +32,8 @@ def functions(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> str:
         for tier in TIERS:
             writer = "None"
             if tier in held:
-                writer = store.format(side, tier).cpp_writer(dim, dtype, side)  # type: ignore[attr-defined]
+                writer = store.format(side, tier).cpp_writer(  # type: ignore[attr-defined]
+                    dim * store.members, dtype, side)
             lines.append(f"using {up}{tier.capitalize()} = {writer};")
         rings = ", ".join(str((store.ring(side, t) or 0) // PAGE) for t in ("body", "recent"))
         lines.append(f"using {up}Queue = Queue<{store.sinks}, {store.window}, {store.grain}, "
@@ -43,19 +44,19 @@ def functions(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> str:
 
 def statements(store: Store, dims: tuple[int, int], dtype: torch.dtype, heads: int,
                slots: list[int], threads: int, by_head: bool = False) -> str:
-    """The kernel's statements: k0, v0, .. of the layers `slots`, valid [B, S] (or `by_head`,
-    [B, H, S]) and plane0.. (the count first, all written). Tokens of a head are stored one after
-    another; heads, and K and V, at the same time."""
-    number, pointer = len(slots), f"const {_cpp(dtype)}*"
+    """The kernel's statements: k0, v0, .. of the layers `slots`, of members one after another,
+    valid [B, S] (or `by_head`, [B, H, S]) and plane0.. (the count first, all written). Tokens of a
+    head are stored one after another; heads, and K and V, at the same time."""
+    number, members, pointer = len(slots), store.members, f"const {_cpp(dtype)}*"
     name = f"kvc::{_name(store, dims, dtype)}::"
     number_of, row = ("valid_size[2]", "(b * heads + h)") if by_head else ("valid_size[1]", "b")
     lines = [f"const int64_t batch = valid_size[0], tokens = {number_of}, heads = {heads};",
              f"const int64_t slots[] = {{{', '.join(map(str, slots))}}};"]
     for side in SIDES:
-        names = ", ".join(f"({pointer}){side}{i}" for i in range(number))
+        names = ", ".join(f"({pointer}){side}{i}" for i in range(number * members))
         lines.append(f"{pointer} {side}_at[] = {{{names}}};")
         for d, what in enumerate(("row", "head", "token")):
-            strides = ", ".join(f"{side}{i}_stride[{d}]" for i in range(number))
+            strides = ", ".join(f"{side}{i}_stride[{d}]" for i in range(number * members))
             lines.append(f"const int64_t {side}_{what}[] = {{{strides}}};")
     lines += [f"#pragma omp parallel for num_threads({threads})",
               f"for (int64_t i = 0; i < 2 * {number} * batch * heads; i++) {{",
@@ -67,11 +68,15 @@ def statements(store: Store, dims: tuple[int, int], dtype: torch.dtype, heads: i
               f"    if (!valid[{row} * tokens + t]) continue;"]
     for side, dim in zip(SIDES, dims, strict=True):
         up = side.upper()
-        lines.append(
-            f"    {'if (i % 2 == 0)' if side == 'k' else 'else'} kvc::append_one<{name}{up}Queue, "
-            f"{name}{up}Sinks, {name}{up}Body, {name}{up}Recent, {dim}>({side}_sinks, {side}_body, "
-            f"{side}_recent, count, {side}_at[layer] + b * {side}_row[layer] + h * "
-            f"{side}_head[layer] + t * {side}_token[layer]);")
+        types = ", ".join(f"{name}{up}{part}" for part in ("Queue", "Sinks", "Body", "Recent"))
+        lines += [
+            f"    {'if (i % 2 == 0)' if side == 'k' else 'else'} {{",
+            f"      {pointer} x[{members}];",
+            f"      for (int64_t m = 0, j = layer * {members}; m < {members}; m++, j++)",
+            f"        x[m] = {side}_at[j] + b * {side}_row[j] + h * {side}_head[j] + "
+            f"t * {side}_token[j];",
+            f"      kvc::append_one<{types}, {dim}, {members}>({side}_sinks, {side}_body, "
+            f"{side}_recent, count, x);", "    }"]
     lines += ["    count++;", "  }", "}",
               f"for (int64_t i = 0; i < {number} * batch * heads; i++) {{",
               "  [[maybe_unused]] const int64_t b = i / heads % batch, h = i % heads;",

@@ -9,12 +9,14 @@ import torch
 
 from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE, term_of
+from kvcompile.format import Side as SideName
 from kvcompile.kernels.dense import CPP
 from kvcompile.rounding import Arithmetic
 from kvcompile.store import SIDES, Store
 
 FOLDER = Path(__file__).parent / "cpp"
-READERS = tuple(FOLDER / name for name in ("vector.h", "coded.h", "dense.h", "wrapper.h", "tier.h"))
+READERS = tuple(FOLDER / name for name in ("vector.h", "coded.h", "dense.h", "wrapper.h",
+                                        "direction.h", "tier.h"))
 FILES = (*READERS, FOLDER / "attend.h")
 TIERS = ("sinks", "body", "recent")
 
@@ -31,6 +33,7 @@ class Shape(NamedTuple):
     softcap: float = 0.0
     sinks: bool = False
     mass: bool = False          # whether the weight of each token is asked for
+    stored: bool = True         # whether anything is stored: in a prompt nothing is
 
 
 def arithmetic(dtype: torch.dtype) -> Arithmetic:
@@ -43,7 +46,8 @@ def arithmetic(dtype: torch.dtype) -> Arithmetic:
 
 def unsupported(store: Store, shape: Shape) -> str | None:
     """Why no kernel can be printed; None if one can."""
-    return missing(store, shape.dims, shape.dtype, "cpp", "reader")
+    return missing(store, shape.dims, shape.dtype, "cpp" if store.members == 1 else "cpp_member",
+                   "reader")
 
 
 def missing(store: Store, dims: tuple[int, int], dtype: torch.dtype, attribute: str, what: str
@@ -59,35 +63,46 @@ def missing(store: Store, dims: tuple[int, int], dtype: torch.dtype, attribute: 
             if not hasattr(fmt, attribute):
                 return f"format {fmt.name} has no C++ {what}"
             try:
-                getattr(fmt, attribute)(dim, dtype, side)
+                if what == "reader":
+                    reader(store, side, tier, dim, dtype)
+                else:
+                    getattr(fmt, attribute)(dim * store.members, dtype, side)
             except RecipeError as error:
                 return f"{term_of(fmt)}: {error}"
     return None
 
 
+def reader(store: Store, side: SideName, tier: str, dim: int, dtype: torch.dtype
+           ) -> tuple[str, list[int]]:
+    """The C++ type that reads one layer's `dim` channels of a tier, and how far one of several
+    members is from the one before in each plane."""
+    fmt = store.format(side, tier)
+    if store.members == 1:
+        return fmt.cpp(dim, dtype, side), []  # type: ignore[attr-defined]
+    return fmt.cpp_member(dim, store.members, dtype, side)  # type: ignore[attr-defined]
+
+
 @cache
-def headers() -> str:
+def headers() -> tuple[str, ...]:
     """What every kernel's text starts with."""
-    return "\n".join(file.read_text() for file in FILES)
+    return tuple(file.read_text() for file in FILES)
 
 
 def statements(store: Store, shape: Shape, threads: int) -> str:
-    """The kernel's statements: q, k, v, valid, sinks, planes (the count first), slot -> out, mass.
+    """The statements: q, k, v, valid, sinks, plane0.., slot -> out, mass.
 
-    Planes hold all layers of a group; `slot` points to the layer's number. `<name>_size` and
-    `_stride` are the sizes and strides of a tensor.
+    Planes hold all layers of a group, the count first; `slot` points to the layer's number, and
+    `member`, where a slot holds several, to the one that attends. `<name>_size` and `_stride` are
+    the sizes and strides of a tensor.
     """
-    name = _name(store, shape, threads)
-    dtype = CPP[shape.dtype]
-    pointer = f"const {'float' if dtype == 'float' else 'kvc::' + dtype}*"
-    lines = ["const int64_t batch = q_size[0];", f"using Config = kvc::{name};",
+    own = name(store, shape, threads)
+    lines = ["const int64_t batch = q_size[0];", f"using Config = kvc::{own};",
              "Config::Tiers tiers;",
-             *tiers(store, shape.dims, shape.dtype, "tiers.",
-                    "slot[0] * batch * Config::H")]
-    lines += [f"const auto* q_ = ({pointer})q;", f"const auto* k_ = ({pointer})k;",
-              f"const auto* v_ = ({pointer})v;", f"auto* out_ = (std::remove_const_t<"
-              f"std::remove_pointer_t<{pointer}>>*)out;",
-              "kvc::attend<Config, std::remove_pointer_t<decltype(out_)>>(tiers, plane0 + slot[0] *"
+             *tiers(store, shape.dims, shape.dtype, "tiers.", "slot[0] * batch * Config::H",
+                    "member[0]" if store.members > 1 else "")]
+    lines += [f"const auto* {x}_ = (const Config::T*){x};" for x in "qkv"]
+    lines += ["auto* out_ = (Config::T*)out;",
+              "kvc::attend<Config, Config::T>(tiers, plane0 + slot[0] *"
               f" batch * Config::H, valid, {'sinks' if shape.sinks else 'nullptr'}, batch,",
               "    const_cast<float*>(mass), mass_size[2]," if shape.mass else "    nullptr, 0,"]
     lines += [f"    [&](long b, long h) {{ return {x}_ + b * {x}_stride[0] + h * {x}_stride[1]; }},"
@@ -110,47 +125,55 @@ def config(store: Store, shape: Shape, threads: int) -> str:
         f"static constexpr float SCALE = {float(shape.scale)!r}f, "
         f"SOFTCAP = {float(shape.softcap)!r}f;",
         f"static constexpr bool HAS_SINKS = {_bool(shape.sinks)}, "
-        f"ROUGH = {_bool(shape.dtype is not torch.float32)}, MASS = {_bool(shape.mass)};",
+        f"ROUGH = {_bool(shape.dtype is not torch.float32)}, MASS = {_bool(shape.mass)}, "
+        f"STORED = {_bool(shape.stored)};",
+        f"using T = {number(shape.dtype)};",
     ]
-    members = []
     for side, dim in zip(SIDES, shape.dims, strict=True):
         how, up = store.side(side), side.upper()
         lines.append(f"static constexpr long {up}_BLOCK = {how.block}, {up}_LAG = {how.lag};")
         for tier in TIERS:
-            name = tier.capitalize()
-            if tier not in store.tiers(side):
-                lines.append(f"using {up}{name} = kvc::None;")
-                continue
-            reader = store.format(side, tier).cpp(dim, shape.dtype, side)  # type: ignore[attr-defined]
-            lines.append(f"using {up}{name} = {reader};")
-            members.append(f"{side}_{tier}")
+            held = tier in store.tiers(side)
+            cpp = reader(store, side, tier, dim, shape.dtype)[0] if held else "None"
+            lines.append(f"using {up}{tier.capitalize()} = {cpp};")
             if tier != "sinks":
-                ring = store.ring(side, tier)
+                ring = store.ring(side, tier) if held else None
                 lines.append(f"static constexpr long {up}_{tier.upper()}_RING = "
                              f"{0 if ring is None else ring // PAGE};")
-    lines.append(f"struct Tiers {{ kvc::Tier {', '.join(members)}; }};")
+    every = ", ".join(f"{side}_{tier}" for side in SIDES for tier in TIERS)
+    lines.append(f"struct Tiers {{ kvc::Tier {every}; }};")
     text = "\n    ".join(lines)
-    name = _name(store, shape, threads)
-    return f"namespace kvc {{\nstruct {name} {{\n    {text}\n}};\n}}"
+    own = name(store, shape, threads)
+    return f"namespace kvc {{\nstruct {own} {{\n    {text}\n}};\n}}"
 
 
-def _name(store: Store, shape: Shape, threads: int) -> str:
+def number(dtype: torch.dtype) -> str:
+    """The C++ type of numbers of the model's dtype."""
+    return "float" if dtype is torch.float32 else f"kvc::{CPP[dtype]}"
+
+
+def name(store: Store, shape: Shape, threads: int) -> str:
     """A name of its own for every kernel: several may stand in one file."""
     return "Attend" + sha256(repr((str(store), shape, threads)).encode()).hexdigest()[:12]
 
 
-def tiers(store: Store, dims: tuple[int, int], dtype: torch.dtype, prefix: str, start: str
-          ) -> list[str]:
-    """C++ that fills the `Tier` of every tier from the planes; tables begin at entry `start`."""
+def tiers(store: Store, dims: tuple[int, int], dtype: torch.dtype, prefix: str, start: str,
+          member: str = "") -> list[str]:
+    """C++ that fills the `Tier` of every tier from the planes; tables begin at entry `start`.
+
+    `member` says in C++ which of the store's members is read.
+    """
     lines, at = [], 1
     for side, dim in zip(SIDES, dims, strict=True):
         for tier in store.tiers(side):
             name = f"{prefix}{side}_{tier}"
-            planes = store.format(side, tier).planes(dim, dtype, side)
+            count = len(store.format(side, tier).planes(dim * store.members, dtype, side))
+            apart = reader(store, side, tier, dim, dtype)[1] if member else [0] * count
             lines += [f"{name}.pages = plane{at}_size[3];",
                       f"{name}.table = plane{at} + ({start}) * {name}.pages;"]
-            lines += [f"{name}.plane[{i}] = plane{at + 1 + i};" for i in range(len(planes))]
-            at += 1 + len(planes)
+            lines += [f"{name}.plane[{i}] = plane{at + 1 + i}"
+                      + (f" + {member} * {n};" if n else ";") for i, n in enumerate(apart)]
+            at += 1 + count
     return lines
 
 

@@ -50,6 +50,13 @@ class Dense:
         """The C++ type that reads the plane (`kernels/cpp/dense.h`)."""
         return f"Dense{side.upper()}<{dim}, {CPP[DTYPES.get(self.dtype, dtype)]}>"
 
+    def cpp_member(self, dim: int, members: int, dtype: torch.dtype, side: Side
+                   ) -> tuple[str, list[int]]:
+        """The C++ type that reads `dim` channels of one of the `members` that lie side by side, and
+        how far they are apart in the plane."""
+        number = CPP[DTYPES.get(self.dtype, dtype)]
+        return f"Dense{side.upper()}<{dim}, {number}, {members}>", [dim]
+
     def cpp_writer(self, dim: int, dtype: torch.dtype, side: Side) -> str:
         """The C++ type that writes the plane (`kernels/cpp/append.h`)."""
         return f"DenseWriter<{dim}, {CPP[DTYPES.get(self.dtype, dtype)]}>"

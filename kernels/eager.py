@@ -36,15 +36,16 @@ def _runs(counts: Tensor, single: bool = False) -> Iterator[tuple[slice, int]]:
             start = end
 
 
-def _tiers(store: Store, planes: list[Tensor], k: Tensor, v: Tensor, slots: Sequence[int],
-           together: bool = False) -> tuple[Tensor, dict[Side, dict[str, pages.Tier]]]:
+def _tiers(store: Store, planes: list[Tensor], dims: tuple[int, int], dtype: torch.dtype,
+           slots: Sequence[int], together: bool = False
+           ) -> tuple[Tensor, dict[Side, dict[str, pages.Tier]]]:
     """Count [B, slots * heads] and tiers of some layers; `together`: all rows as one."""
-    named = pages.named(store.planes((k.shape[-1], v.shape[-1]), k.dtype), planes, slots)
+    named = pages.named(store.planes(dims, dtype), planes, slots)
     if together:
         named = {n: p.flatten(0, 1)[None] if n.endswith(("count", "table")) else p
                  for n, p in named.items()}
-    tiers = {s: pages.tiers(store, s, named, x.shape[-1], k.dtype)
-             for s, x in zip(SIDES, (k, v), strict=True)}
+    tiers = {s: pages.tiers(store, s, named, dim, dtype)
+             for s, dim in zip(SIDES, dims, strict=True)}
     return named["count"], tiers
 
 
@@ -70,16 +71,22 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, style: str) -> Tensor:
 @body("attention")
 def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor,
               sinks: Tensor | None, *, scale: float, window: int = 0, softcap: float = 0.0,
-              store: str = "store", layer: int = 0, rule: str = "") -> Tensor:
+              store: str = "store", layer: int = 0, members: Sequence[int] = (), rule: str = ""
+              ) -> Tensor:
     """Causal attention among this call's tokens; padding's output is 0.
 
     With a lossy `store` query i sees what appending tokens 0 .. i-1 one by one would have stored,
-    and itself exactly: what decoding token by token computes. A `rule` has no such meaning.
+    and itself exactly: what decoding token by token computes. Layers that are stored together have
+    no such form: what one of them sees depends on what later ones made of earlier tokens. Nor has
+    a `rule`.
     """
     if rule:
         raise KVCompileError(f"layer {layer} keeps tokens by their scores, which a forward without "
                              "a cache cannot show")
     parsed = Store.parse(store)
+    if parsed.members > 1:
+        raise KVCompileError(f"layers {', '.join(map(str, members))} are stored together: only "
+                             "decoding through a cache shows what they see")
 
     def rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if parsed.exact or parsed == Store.parse(f"store(window={window - 1})"):
@@ -141,6 +148,9 @@ def append(planes: list[Tensor], k: list[Tensor], v: list[Tensor], positions: Te
     if valid.dim() == 3 and every:
         valid = valid[:, 0]
     new = valid.sum(-1, dtype=torch.int32)
+    if parsed.members > 1:
+        k, v = ([torch.cat(x[i : i + parsed.members], -1)
+                 for i in range(0, len(x), parsed.members)] for x in (k, v))
     size = len(slots) if valid.shape[-1] == 1 and valid.dim() == 2 else 1
     for at in (slice(i, i + size) for i in range(0, len(slots), size)):
         _append(parsed, planes, k[at], v[at], valid, every, slots[at])
@@ -151,7 +161,8 @@ def _append(store: Store, planes: list[Tensor], k: list[Tensor], v: list[Tensor]
             every: bool, slots: list[int]) -> None:
     """Store tokens of some layers at once, as those of more heads; single ones of all rows too."""
     together = every and valid.shape[-1] == 1
-    count, tiers = _tiers(store, planes, k[0], v[0], slots, together)
+    dims = (k[0].shape[-1] // store.members, v[0].shape[-1] // store.members)
+    count, tiers = _tiers(store, planes, dims, k[0].dtype, slots, together)
     both = [torch.stack(x, 1).flatten(1, 2) if len(x) > 1 else x[0] for x in (k, v)]
     if together:
         both, valid = [x.flatten(0, 1)[None] for x in both], valid[:1]
@@ -179,21 +190,23 @@ def storable(k: list[Tensor], v: list[Tensor], k_limits: list[float], v_limits: 
 @body("attend")
 def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Tensor,
            valid: Tensor, sinks: Tensor | None, *, scale: float, window: int = 0,
-           softcap: float = 0.0, store: str, slot: int = 0, layer: int = 0, mass: bool = False
-           ) -> tuple[Tensor, Tensor, Tensor]:
+           softcap: float = 0.0, store: str, slot: int = 0, layer: int = 0, mass: bool = False,
+           member: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Attention over what is stored and, causally, over this call's exact tokens.
 
-    Returns o [B, Hq, S, Dv]; the log-sum-exp of the logits [B, Hq, S] in fp32; and with `mass`
-    [B, H, Store.places + S] in fp32, else [B, H, 0]: what the token of each number gets of the
-    softmax weights, summed over the query heads of its kv head and over S; this call's tokens have
-    the numbers that they will be stored under. 0, -inf and 0 for padding.
+    Of layers stored together it is the one of number `member` that attends.
+
+    Returns o [B, Hq, S, Dv], laid out token by token; the log-sum-exp of the logits [B, Hq, S] in
+    fp32; and with `mass` [B, H, Store.places + S] in fp32, else [B, H, 0]: what the token of each
+    number gets of the softmax weights, summed over the query heads of its kv head and over S; this
+    call's tokens have the numbers that they will be stored under. 0, -inf and 0 for padding.
     """
     parsed, (batch, heads_, tokens, _) = Store.parse(store), k.shape
-    count, tiers = _tiers(parsed, planes, k, v, [slot])
+    dims = (k.shape[-1], v.shape[-1])
+    count, tiers = _tiers(parsed, planes, dims, k.dtype, [slot])
     group = q.shape[1] // heads_
     o = q.new_zeros(batch, tokens, q.shape[1], v.shape[-1]).transpose(1, 2)  # as attention's
     lse = torch.full(q.shape[:-1], -torch.inf, device=q.device)
-    dims = (k.shape[-1], v.shape[-1])
     sizes = [x.shape for x in planes]
     places = parsed.places(dims, k.dtype, sizes) + tokens if mass else 0
     weights = q.new_zeros(batch, heads_, places, dtype=torch.float32)
@@ -205,7 +218,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Ten
                    for x, at in ((q, queries), (k, heads), (v, heads))]
             if new[0].shape[1] == 0:
                 continue
-            old = [pages.stored(parsed, side, tiers[side], row, heads, n) for side in SIDES]
+            old = [pages.stored(parsed, side, tiers[side], row, heads, n)
+                   .narrow(-1, member * dim, dim) for side, dim in zip(SIDES, dims, strict=True)]
             own_sinks = None if sinks is None else sinks[queries]
             # a window that the store has already applied needs no mask for a single query
             if new[0].shape[1] == 1 and (not window or old[0].shape[1] < window):

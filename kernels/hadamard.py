@@ -23,6 +23,7 @@ class Hadamard(Wrapper):
 
     of: Term = Term("int")
     name: ClassVar[str] = "hadamard"
+    turned: ClassVar[bool] = True
 
     def own(self, dim: int) -> Planes:
         if dim % 2:

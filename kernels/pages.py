@@ -11,16 +11,19 @@ from kvcompile.store import SIDES, Plane, Span, Store
 
 
 class Tier:
-    """One tier's planes: `table` [B, H, pages] and the format's pools [pages, *page shape]."""
+    """One tier's planes: `table` [B, H, pages] and the format's pools [pages, *page shape].
+
+    `dim` channels of each of the store's members are read and written side by side.
+    """
 
     def __init__(self, store: Store, side: Side, tier: str, named: dict[str, Tensor],
                  dim: int, dtype: torch.dtype) -> None:
         self.format: Format = store.format(side, tier)
         self.ring = store.ring(side, tier)
-        self.dim, self.dtype, self.side = dim, dtype, side
+        self.dim, self.dtype, self.side = dim * store.members, dtype, side
         prefix = f"{side}.{tier}."
         self.table = named[prefix + "table"]
-        self.specs = self.format.planes(dim, dtype, side)
+        self.specs = self.format.planes(self.dim, dtype, side)
         self.pools = {name: named[prefix + name] for name in self.specs}
 
     def read(self, row: int, heads: slice, span: Span) -> Tensor:

@@ -23,6 +23,7 @@ class Wrapper(ABC):
     name: ClassVar[str]
     of: Term
     block: int = 1
+    turned: ClassVar[bool] = False  # whether its reader is given turned queries
 
     @cached_property
     def inner(self) -> Format:
@@ -70,6 +71,8 @@ class Wrapper(ABC):
         """The C++ type that reads the format inside; RecipeError if none does."""
         if not hasattr(self.inner, "cpp"):
             raise RecipeError(f"format {self.inner.name} has no C++ reader")
+        if getattr(self.inner, "turned", False):
+            raise RecipeError(f"{self.name} has no C++ reader around {self.inner.name}")
         return str(self.inner.cpp(dim, dtype, side))
 
     def inner_writer(self, dim: int, dtype: torch.dtype, side: Side) -> str:

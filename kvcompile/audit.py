@@ -149,9 +149,13 @@ class Run:
         """A row's queries, the first, middle and last, over the cache and their own tokens."""
         site, old, tokens = self.sites[layer], self.seen[layer][row], new.q.shape[1]
         held, past = slots(cache, layer, row), old[0].shape[1]
-        ruled = self.sites[layer if site.owner is None else site.owner].rule
-        promise = selected(site.store, held[0], self.ids[row][:past], *old) if ruled else (
-            contract(site.store, *old))
+        together = [self.seen[i][row] for i in site.members or (layer,)]
+        given = [torch.cat([x[:, :past] for x in side], -1)
+                 for side in zip(*together, strict=True)]
+        if self.sites[site.place[0]].rule:
+            promise = selected(site.store, held[0], self.ids[row][:past], *given)
+        else:
+            promise = contract(site.store, *given, member=site.place[1])
         where = f"row {row}, {past} tokens stored"
         told = []
         for i in sorted({0, tokens // 2, tokens - 1}):
@@ -202,7 +206,7 @@ class Run:
         return f"layer {layer}, {site.store}, kvc.attend ({self.kernel(site, tokens)})"
 
     def _bytes(self, site: Site) -> int:
-        if site.owner is not None:
+        if not site.leads:
             return 0
         counts = self.cache.rows if not site.rule else (
             self.cache.stored_tokens(site.layer).amax(1).tolist())

@@ -141,8 +141,7 @@ class KVCache(Cache):
 
     def _counts(self, layer: int) -> Tensor:
         """int64 [batch, kv heads]: the count of a layer."""
-        owner = self.sites[layer].owner
-        layer = layer if owner is None else owner
+        layer = self.sites[layer].place[0]
         group = next(g for g in self.groups if any(s.layer == layer for s in g.sites))
         return group.counts[[s.layer for s in group.sites].index(layer)]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from kvcompile.alone import Alone
 from kvcompile.backend.inductor import compile_graph
 from kvcompile.backend.linears import merge_linears
 from kvcompile.errors import KVCompileError
@@ -17,7 +18,6 @@ from kvcompile.planes import Group
 from kvcompile.program import Program
 from kvcompile.rewrite import copy_graph
 from kvcompile.rule import Rule
-from kvcompile.storing import Storing
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Engine:
         self.rules = [Rule.parse(s.rule) for s in self.sites if s.rule]
         self._decode: dict[bool, Callable] = {}
         self._graphs: dict[str, GraphModule] = {}
-        self.storing = Storing(compile)
+        self.alone = Alone(compile)
         self.warned = False
         self.taps: list[Tensor] = []  # what a graph gives beside logits and ok (kvcompile/audit.py)
 
@@ -71,7 +71,7 @@ class Engine:
             raise KVCompileError(f"K or V of layer {layer.layer} holds NaN or numbers above "
                                  f"{limit:g}; nothing of this call was stored")
         if kept:
-            cache.store(kept, self.storing.append, tokens)
+            cache.store(kept, self.alone.append, tokens)
             self._say_if_all(cache, kept)
         cache.commit(tokens)
         return logits
@@ -105,7 +105,7 @@ class Engine:
     def _eager(self, phase: str, embeds: Tensor | None) -> Callable:
         if phase not in self._graphs:
             gm = self.program.phases[phase]
-            self._graphs[phase] = self.storing.into(gm)
+            self._graphs[phase] = self.alone.into(gm)
         gm = self._graphs[phase]
         return gm if embeds is None else _with_embeddings(gm, embeds)
 

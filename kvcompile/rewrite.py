@@ -112,9 +112,10 @@ def _run(p: Pass, gm: GraphModule, plan: Sequence[LayerPlan]) -> list[Outcome]:
         Rewritten(o.layer, f"as layer {shared[o.layer]}") if o.layer in shared
         and argument(nodes[o.layer], "store") != before[o.layer] else o for o in outcomes]
     for layer, owner in shared.items():
-        store = argument(nodes[owner], "store")
-        if argument(nodes[layer], "store") != store:
-            nodes[layer].kwargs = {**nodes[layer].kwargs, "store": store}
+        for name in ("store", "members"):
+            value = argument(nodes[owner], name)
+            if argument(nodes[layer], name) != value:
+                nodes[layer].kwargs = {**nodes[layer].kwargs, name: value}
     return told
 
 

@@ -68,8 +68,11 @@ def fused(site: Site) -> dict[str, str]:
 
 
 def stored(site: Site) -> str:
-    """`storage` of a layer, or whose it reads."""
-    return storage(site.store) if site.owner is None else f"that of layer {site.owner}"
+    """`storage` of a layer, and which others lie in it, or whose it reads."""
+    if site.owner is not None:
+        return f"that of layer {site.owner}"
+    others = [str(layer) for layer in site.members if layer != site.layer]
+    return storage(site.store) + (f"\nwith layer {', '.join(others)}" if others else "")
 
 
 def storage(store: Store) -> str:
@@ -88,14 +91,14 @@ def storage(store: Store) -> str:
 
 def bytes_per_token(site: Site) -> float:
     """Bytes of one token's K and V in the tier where tokens end up; pages are not rounded up."""
-    total = 0.0
+    total, members = 0.0, site.store.members
     if site.owner is not None:
         return total
     for side, dim in zip(SIDES, site.dims, strict=True):
         tier = "body" if "body" in site.store.tiers(side) else "recent"
         fmt = site.store.format(side, tier)
-        total += site.heads * step_bytes(fmt, dim, site.dtype, side) / fmt.step
-    return total
+        total += site.heads * step_bytes(fmt, dim * members, site.dtype, side) / fmt.step
+    return total / members
 
 
 def _rewrites(program: Program, before: list[float]) -> Iterator[Row]:

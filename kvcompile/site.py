@@ -15,7 +15,8 @@ class Site:
     """One attention layer: its heads, head dimensions (K, V), dtype, own window and storage.
 
     Layers that attend to the same K and V share what is stored: for all but the first of them
-    `owner` is that first one, which stores them, and `store` is the owner's.
+    `owner` is that first one, which stores them, and `store` is the owner's. `members` are the
+    layers whose tokens one slot holds side by side; the first of them names the slot.
     """
 
     layer: int
@@ -26,7 +27,19 @@ class Site:
     window: int
     store: Store
     owner: int | None = None
+    members: tuple[int, ...] = ()
     rule: str = ""  # which tokens stay (kvcompile/rule.py), where scores decide
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The layer that names the slot in which this one's K and V lie, and their number there."""
+        own = self.layer if self.owner is None else self.owner
+        return (self.members[0], self.members.index(own)) if self.members else (own, 0)
+
+    @property
+    def leads(self) -> bool:
+        """Whether the layer names a slot: what lies in it is counted there."""
+        return self.owner is None and self.place == (self.layer, 0)
 
     @property
     def exact_bytes_per_token(self) -> int:
@@ -49,10 +62,11 @@ def owners(nodes: Sequence[Node]) -> dict[int, int]:
 
 
 def groups(sites: Sequence[Site]) -> list[list[int]]:
-    """Owners whose planes are alike, by number, in order of the first; a slot is an index there."""
+    """Layers that name slots, by number, those whose planes are alike together, in order of the
+    first; a slot is an index there."""
     alike: dict[tuple, list[int]] = {}
     for site in sites:
-        if site.owner is None:
+        if site.leads:
             key = (site.store, site.heads, site.dims, site.dtype, bool(site.rule))
             alike.setdefault(key, []).append(site.layer)
     return list(alike.values())
@@ -62,4 +76,4 @@ def _site(layer: int, node: Node, owner: int | None) -> Site:
     q, k, v = (argument(node, n).meta["val"] for n in "qkv")
     return Site(layer, int(q.shape[1]), int(k.shape[1]), (int(k.shape[3]), int(v.shape[3])),
                 k.dtype, argument(node, "window"), Store.parse(argument(node, "store")), owner,
-                argument(node, "rule"))
+                tuple(argument(node, "members")), argument(node, "rule"))

@@ -71,12 +71,16 @@ class Side:
 
 @dataclass(frozen=True)
 class Store:
-    """The storage of one layer. Its text is a term: `store(k=int(bits=4), k_block=128, ...)`."""
+    """The storage of one layer. Its text is a term: `store(k=int(bits=4), k_block=128, ...)`.
+
+    `members` layers may share a store: formats are then given their channels side by side.
+    """
 
     k: Side
     v: Side
     sinks: int = 0
     window: int = 0
+    members: int = 1
     slots: bool = False
 
     @staticmethod
@@ -88,7 +92,8 @@ class Store:
                 for axis, name in (("format", s), ("block", f"{s}_block"), ("lag", f"{s}_lag"))}
         axes |= {name: term.get(name) for name in ("sinks", "window")}
         store = Store.of({a: v for a, v in axes.items() if v is not None})
-        return replace(store, slots=True) if term.get("slots") else store
+        return replace(store, members=term.get("members", 1),  # type: ignore[arg-type]
+                       slots=bool(term.get("slots")))
 
     @staticmethod
     def of(axes: Mapping[str, object], own: int = 0) -> "Store":
@@ -119,7 +124,11 @@ class Store:
                 args.append((f"{name}_block", side.block))
             if side.lag:
                 args.append((f"{name}_lag", side.lag))
-        args += [(n, getattr(self, n)) for n in ("sinks", "window", "slots") if getattr(self, n)]
+        args += [(n, getattr(self, n)) for n in ("sinks", "window") if getattr(self, n)]
+        if self.members > 1:
+            args.append(("members", self.members))
+        if self.slots:
+            args.append(("slots", True))
         return str(Term("store", tuple(args)))  # type: ignore[arg-type]
 
     def side(self, name: str) -> Side:
@@ -194,7 +203,7 @@ class Store:
 
     @cache  # noqa: B019 (stores are few and small)
     def planes(self, dims: tuple[int, int], dtype: torch.dtype) -> tuple[Plane, ...]:
-        """The tensors of the store in order, for head dimensions (Dk, Dv).
+        """The tensors of the store in order, for head dimensions (Dk, Dv) of a layer.
 
         `count` is int32 [layers, batch, kv heads]; for each tier a `table`, int32 [layers, batch,
         kv heads, pages], and the format's planes, pools [pages, PAGE // step, *shape]. With
@@ -206,7 +215,7 @@ class Store:
             for tier in self.tiers(name):
                 fmt = self.format(name, tier)
                 planes.append(Plane(f"{name}.{tier}.table", torch.int32, ()))
-                for plane, spec in fmt.planes(dim, dtype, name).items():
+                for plane, spec in fmt.planes(dim * self.members, dtype, name).items():
                     planes.append(
                         Plane(f"{name}.{tier}.{plane}", spec.dtype, spec.page(fmt.step)))
         if self.slots:
@@ -218,7 +227,7 @@ class Store:
 
     def nbytes(self, dims: tuple[int, int], dtype: torch.dtype, heads: int, counts: list[int],
                reserve: int = 0) -> int:
-        """Bytes that a layer takes in a cache for rows with these token counts: pages and tables.
+        """Bytes of pages and tables that the members take in a cache for rows of these counts.
 
         `reserve` is a count that every row has pages for in advance (`max_length`).
         """
@@ -247,7 +256,8 @@ class Store:
         for name, dim in zip(SIDES, dims, strict=True):
             for tier in self.tiers(name):
                 fmt = self.format(name, tier)
-                bits[f"{name}.{tier}"] = PAGE // fmt.step * step_bytes(fmt, dim, dtype, name)
+                bits[f"{name}.{tier}"] = PAGE // fmt.step * step_bytes(
+                    fmt, dim * self.members, dtype, name)
         for key, size in bits.items():
             if key == SLOTS and not self.slots:
                 continue

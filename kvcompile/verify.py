@@ -48,6 +48,8 @@ def _problem(node: Node) -> str:
     if node.target in (APPEND, STORABLE):
         names = ("k", "v", "slots") if node.target is APPEND else ("k", "v", "k_limits", "v_limits")
         lengths = {name: len(argument(node, name)) for name in names}
+        if node.target is APPEND:
+            lengths["slots"] *= Store.parse(argument(node, "store")).members
         if len(set(lengths.values())) != 1:
             return f"{lengths} must be of one length"
         if node.target is STORABLE:

@@ -21,10 +21,9 @@ def slots(cache: KVCache, layer: int, row: int) -> tuple[Tensor, Tensor, Tensor]
     Heads that hold fewer tokens than others are filled up with position -1. A layer that stores
     nothing itself holds what its owner does.
     """
-    owner = cache.sites[layer].owner
-    layer = layer if owner is None else owner
+    lead, member = cache.sites[layer].place
     group, slot = next((group, group.sites.index(site)) for group in cache.groups
-                       for site in group.sites if site.layer == layer)
+                       for site in group.sites if site.layer == lead)
     pages, site = module("kernels", "pages"), group.site
     named = pages.named(group.specs, group.planes, [slot])
     ids, counts = cache.positions(layer, by_slot=True)[row], named["count"][row].tolist()
@@ -33,7 +32,7 @@ def slots(cache: KVCache, layer: int, row: int) -> tuple[Tensor, Tensor, Tensor]
         tiers = pages.tiers(site.store, side, named, x.shape[-1], torch.float32)
         for head, count in enumerate(counts):
             own = pages.stored(site.store, side, tiers, row, slice(head, head + 1), count)[0]
-            x[head, : len(own)] = own
+            x[head, : len(own)] = own.narrow(-1, member * x.shape[-1], x.shape[-1])
     return ids, out[0], out[1]
 
 
@@ -51,11 +50,13 @@ def see(held: tuple[Tensor, Tensor, Tensor], ids: Tensor, k: Tensor, v: Tensor) 
     return View.of(keys, values, where)
 
 
-def contract(store: Store, k: Tensor, v: Tensor) -> Contract:
+def contract(store: Store, k: Tensor, v: Tensor, member: int = 0) -> Contract:
     """What `store` promises of tokens k [H, T, Dk], v [H, T, Dv] that it was given, from them.
 
-    Tokens of exact tiers are as they were; those of the body within their format's bound, and
-    16 roundings of the sums that decoding makes itself; others may be absent.
+    Of a store with members k and v are those of all of them side by side, and the promise is of
+    the one of number `member`. Tokens of exact tiers are as they were; those of the body within
+    their format's bound, and 16 roundings of the sums that decoding makes itself; others may be
+    absent.
     """
     eps: dict[str, Tensor] = {}
     for side, x in zip(SIDES, (k, v), strict=True):
@@ -69,6 +70,8 @@ def contract(store: Store, k: Tensor, v: Tensor) -> Contract:
             if bool(bound.any()):
                 bound += 16 * 2.0**-23 * (body.abs().amax((1, 2), keepdim=True) + bound)
             eps[side][:, at] = bound
+        dim = x.shape[-1] // store.members
+        eps[side] = eps[side].narrow(-1, member * dim, dim)
     kept = torch.tensor(store.numbers(k.shape[1]), dtype=torch.long)
     dropped = torch.ones(k.shape[:2], dtype=torch.bool).index_fill(1, kept, False)
     return Contract(eps["k"], eps["v"], dropped)

@@ -32,6 +32,9 @@ class Evict:
         outcomes: list[Outcome] = []
         for index, node in enumerate(attention_nodes(gm.graph)):
             rule = Rule.parse(argument(node, "rule")) if argument(node, "rule") else None
+            if rule and argument(node, "members"):
+                raise RecipeError(f"{plan[index].origin['keep.score']}: layer {index} is stored "
+                                  "together with another, which would keep other tokens")
             if not rule or not rule.every:
                 continue
             store = Store.parse(argument(node, "store"))

@@ -63,9 +63,10 @@ class Shared(NamedTuple):
 
 def _prefill(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list[Shared]
              ) -> list[Any]:
-    """Store each layer right before its attention, to exact K and V; bool [owners].
+    """Store each layer right before its attention, to exact K and V; bool [layers that store].
 
-    What layers with a rule keep is a second output: what kvc.keep returns, for each of them.
+    Layers that are stored together are stored when the last of them has its K and V. What layers
+    with a rule keep is a second output: what kvc.keep returns, for each of them.
     """
     place, fine = _places(shared), list[Node]()
     chosen = Chosen(graph) if any(site.rule for site in sites) else None
@@ -75,14 +76,17 @@ def _prefill(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: lis
                 fine.append(_storable(graph, [node], [site]))
                 if len(fine) > 1:
                     fine[-1] = _call(graph, aten.logical_and.default, *fine[-2:])
+                members = site.members or (site.layer,)
                 if site.rule and chosen:
                     chosen.score(node, site)
-                else:
+                elif site.layer == members[-1]:
                     allowed = _call(graph, aten.bitwise_and.Tensor, argument(node, "valid"),
                                     fine[-1])
-                    planes, slot = place[site.layer]
-                    _append(graph, planes, [node], [slot], allowed)
-        node.kwargs = {k: v for k, v in node.kwargs.items() if k not in ("store", "rule")}
+                    planes, slot = place[members[0]]
+                    _append(graph, planes, [nodes[i] for i in members], [slot], allowed)
+    for node in nodes:
+        node.kwargs = {k: v for k, v in node.kwargs.items()
+                       if k not in ("store", "members", "rule")}
     with graph.inserting_before(graph.output_node()):
         return [_call(graph, aten.cat.default, fine), *([chosen.kept()] if chosen else [])]
 
@@ -94,14 +98,15 @@ def _extend(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list
     mass: dict[int, Node | None] = {}
     for site, node in zip(sites, nodes, strict=True):
         with graph.inserting_before(node):
-            mass[site.layer] = _attend(
-                graph, node, *place[site.layer if site.owner is None else site.owner])
+            layer, member = site.place
+            mass[site.layer] = _attend(graph, node, *place[layer], member)
     with graph.inserting_before(graph.output_node()):
         ok = _storable(graph, [nodes[site.layer] for site in owners], owners)
         allowed = _call(graph, aten.bitwise_and.Tensor, argument(nodes[0], "valid"),
                         _call(graph, aten.all.default, ok))
         for own in shared:
-            layers = [nodes[i] for i in own.layers]
+            every = [i for layer in own.layers for i in sites[layer].members or (layer,)]
+            layers = [nodes[i] for i in every]
             _append(graph, own.planes, layers, [*range(len(own.layers))], allowed)
             if sites[own.layers[0]].store.slots:
                 _evict(graph, own.planes, layers, [m for i in own.layers if (m := mass[i])],
@@ -112,7 +117,7 @@ def _extend(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list
 
 
 def _places(shared: list[Shared]) -> dict[int, tuple[list[Node], int]]:
-    """Layer -> its group's planes and its slot, for the layers that store."""
+    """Layer -> its group's planes and its slot, for the layers that name one."""
     return {layer: (own.planes, slot) for own in shared for slot, layer in enumerate(own.layers)}
 
 
@@ -154,7 +159,7 @@ def _evict(graph: Graph, planes: list[Node], nodes: list[Node], mass: list[Node]
           slots=[*range(len(nodes))], group=int(group))
 
 
-def _attend(graph: Graph, node: Node, planes: list[Node], slot: int) -> Node | None:
+def _attend(graph: Graph, node: Node, planes: list[Node], slot: int, member: int) -> Node | None:
     """What each token gets of the softmax weights, where the layer's scores are made of that."""
     q, k, v, positions, valid, sinks = (
         argument(node, n) for n in ("q", "k", "v", "positions", "valid", "sinks"))
@@ -162,6 +167,8 @@ def _attend(graph: Graph, node: Node, planes: list[Node], slot: int) -> Node | N
     rule = argument(node, "rule")
     if rule and Rule.parse(rule).observes:
         options["mass"] = True
+    if member:
+        options["member"] = member
     every = _call(graph, ATTEND, q, k, v, planes, positions, valid, sinks, **options, slot=slot,
                   layer=argument(node, "layer"))
     o = _call(graph, operator.getitem, every, 0)

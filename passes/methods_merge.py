@@ -1,58 +1,50 @@
-"""Methods in which tokens that are not kept live on in others. Counts are 1, as published."""
-
-from __future__ import annotations
+"""Methods that store two layers as one: axes `merge`, `merge.t`, `merge.kept`."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from kvcompile.errors import RecipeError
+from kvcompile.format import PAGE
 from kvcompile.method import Axes, Method, Param
-from kvcompile.passes.methods_heads import scorer, wrapped
-from kvcompile.passes.methods_select import chosen, keep, term
-from kvcompile.recipe import Term
 
 
-def _cam(p: Mapping[str, Any]) -> Axes:
-    return {**wrapped(p), "keep.merge": term("cam", next=p["next"], seed=p["seed"]),
-            "keep.every": 0}
+def _minicache(p: Mapping[str, Any]) -> list[Axes]:
+    layers = p["layers"]
+    pairs = p["pairs"] or neighbours(layers, p["start"])
+    if any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
+        raise RecipeError(f"pairs={pairs}: must be a list of lists of two layers")
+    other = {a: b for pair in pairs for a, b in (pair, pair[::-1])}
+    if len(other) != 2 * len(pairs):
+        raise RecipeError(f"pairs={pairs}: each layer can be in one pair only")
+    if missing := sorted(set(other) - set(layers)):
+        raise RecipeError(f"pairs={pairs}: layer {missing[0]} is not among those claimed")
+    options = {"merge.t": p["t"], "merge.kept": round(p["retained"] * PAGE)}
+    return [{"merge": other[i], **options} if i in other else {} for i in layers]
 
 
-def _d2o(p: Mapping[str, Any]) -> Axes:
-    name = "dense" if p["layers_by_variance"] else "uniform"
-    return keep(Term("received"), p, name, recent=p["recent"], merge=Term("nearest"))
+def neighbours(layers: tuple[int, ...], start: float) -> tuple[tuple[int, int], ...]:
+    """Pairs of neighbouring layers, from the last one back to the share `start` of all."""
+    free = layers[round(start * len(layers)) :]
+    free = free[len(free) % 2 :]
+    return tuple(zip(free[::2], free[1::2], strict=True))
 
 
-def _kvmerger(p: Mapping[str, Any]) -> Axes:
-    score = term("pivots", of=Term("received"), alike=p["alike"], heavy=p["heavy"],
-                 recent=p["recent"])
-    return {"keep.score": score, "keep.budget": term("threshold", at=0.5),
-            "keep.merge": term("runs", alike=p["alike"])}
-
-
-METHODS: tuple[Method, ...] = (
-    chosen(
-        "cam", 0.5, scorer("h2o"),
-        Param("next", 32, minimum=1, help="kept tokens that a dropped V is shared among"),
-        Param("seed", 0, minimum=0, help="of the draw"),
-        title="CaM, cache merging", paper="https://proceedings.mlr.press/v235/zhang24n.html",
-        family="merging", axes=_cam,
-        note="V of dropped tokens is added to the next kept ones, with a probability; at the end "
-        "of the prompt",
+METHODS = (Method(
+    name="minicache",
+    title="MiniCache",
+    paper="arXiv:2405.14366",
+    family="sharing",
+    params=(
+        Param("start", 0.5, minimum=0, maximum=1, help="share of the layers, from the first, that "
+              "stay by themselves"),
+        Param("t", 0.6, minimum=0, maximum=1, help="where the direction lies between that of the "
+              "earlier (0) and the later layer (1)"),
+        Param("retained", 0.05, minimum=0, maximum=1, help="share of each 128 tokens, those whose "
+              "vectors differ most in angle, that stay unmerged"),
+        Param("pairs", (), help="pairs of layers to merge; neighbours unless given"),
     ),
-    chosen(
-        "d2o", 0.2, Param("recent", 0.25, minimum=0.0, maximum=1.0,
-                          help="share of the budget that the newest tokens take"),
-        Param("layers_by_variance", True, help="layers share their budgets"),
-        title="D2O", paper="arXiv:2406.13035", family="merging", axes=_d2o,
-        note="heavy hitters stay; dropped tokens go into the kept one of the most similar key. At "
-        "the end of the prompt",
-    ),
-    Method(
-        name="kvmerger", title="KVMerger", paper="arXiv:2407.08454", family="merging",
-        params=(Param("alike", 0.75, minimum=-1.0, maximum=1.0, help="cosine of neighbours in a "
-                      "run"),
-                Param("heavy", 0.1, minimum=0.0, maximum=1.0, help="share that is never merged"),
-                Param("recent", 32, minimum=0, help="newest tokens that are never merged")),
-        axes=_kvmerger, note="runs of alike keys become one, by Gaussian weights; the threshold "
-        "decides how much is kept",
-    ),
-)
+    axes=_minicache,
+    note="neighbours from the last layer back to the middle, per kv head, K and V by themselves; "
+    "retained tokens are a fixed share of each block, in the paper those beyond a share of the "
+    "largest distance",
+),)

@@ -19,7 +19,8 @@ MORE = ("nf4(residual=32)", "quarot(bits=4)", "quarot(bits=2, residual=16)",
         "gear(bits=2, block=64)",
         "zipcache(bits=4)", "zipcache(bits=2, keys=token)",
         f"kvquant(layers=:2, k=[{TABLE}, {TABLE}], v=[{TABLE}, {TABLE}])",
-        "kvtuner(layers=:2, k=[8, 2], v=[4, 2], residual=32)", "cla+int8")
+        "kvtuner(layers=:2, k=[8, 2], v=[4, 2], residual=32)", "cla+int8",
+        "minicache(start=0)+kivi(bits=4)")
 EVERY = (*RECIPES, *(pytest.param(recipe, marks=pytest.mark.slow, id=recipe.partition(", k=")[0])
                      for recipe in MORE))
 

@@ -25,6 +25,7 @@ SPELLED = (
     "lowrank(of=int(bits=2, axis=channel))", "lowrank(of=int(bits=2), rank=2, block=32)",
     "lowrank(of=outliers(of=int(bits=2), fraction=0.02))",
     "hadamard(of=centered(of=scaled(of=int(bits=4))))",
+    "direction", "direction(of=int(bits=4, axis=channel), kept=0)", "direction(of=fp8, t=0.2)",
 )
 SIDES = ("k", "v")
 

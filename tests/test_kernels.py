@@ -16,6 +16,8 @@ from kvcompile.store import Store
 
 KIVI = ("store(k=int(bits={0}, axis=channel, group={1}), k_block=128, "
         "v=int(bits={0}, group={1}), v_lag=128)")
+MERGED = ("store(k=direction(of=int(bits={0}, axis=channel)), v=direction(of=int(bits={0})), "
+          "v_lag=128, members=2)")
 LENGTHS = (0, 1, 15, 127, 128, 129, 255, 256, 300, 517)
 
 
@@ -28,16 +30,23 @@ class Case:
         site = Site(0, heads * group, heads, dims, dtype, options.get("window", 0), self.store)
         rows, most = len(lengths), max(lengths)
         g = torch.Generator().manual_seed(0)
-        k, v = (torch.randn(rows, heads, most, d, generator=g).to(dtype) for d in dims)
-        k[..., 5] *= 8                                              # an outlier channel
+        members = self.store.members
+        every = [[torch.randn(rows, heads, most, d, generator=g).to(dtype) for d in dims]
+                 for _ in range(members)]
+        for k, _ in every:
+            k[..., 5] *= 8                                          # an outlier channel
         self.layers = Group([site, site], rows, torch.device("cpu"))
         self.layers.reserve(list(lengths))
         valid = torch.arange(most)[None] < torch.tensor(lengths)[:, None]
         at = torch.arange(most).expand(rows, -1)
-        APPEND(self.layers.planes, [k], [v], at, valid, store=str(self.store), slots=[1])
+        keys, values = (list(x) for x in zip(*every, strict=True))
+        APPEND(self.layers.planes, keys, values, at, valid, store=str(self.store), slots=[1])
         self.q = torch.randn(rows, heads * group, 1, dims[0], generator=g).to(dtype)
         self.k, self.v = (torch.randn(rows, heads, 1, d, generator=g).to(dtype) for d in dims)
-        self.k_peak, self.v_peak = float(k.abs().max()), max(float(v.abs().max()), 4.0)
+        size = torch.norm if members > 1 else torch.amax  # a direction's largest number is 1
+        self.k_peak, v_peak = (max(float(size(x.float().abs(), dim=-1).max()) for x in side)
+                               for side in (keys, values))
+        self.v_peak = max(v_peak, 4.0)
         self.valid = torch.ones(rows, 1, dtype=torch.bool)
         self.positions = torch.tensor(lengths)[:, None]
         self.sinks = torch.randn(heads * group, generator=g) if options.pop("sinks", 0) else None
@@ -121,6 +130,10 @@ QUICK = {
                           "group=128)), v=outliers(of=nuq(table=[-0.9, -0.2, 0.3, 0.8])), "
                           "sinks=1)"),
     "fp16": dict(store=KIVI.format(2, 32), dtype=torch.float16, group=9),
+    "direction": dict(store=MERGED.format(4), member=1, dims=(64, 96)),
+    "direction-bf16": dict(store=MERGED.format(2), dtype=torch.bfloat16, group=4, member=1),
+    "direction-window": dict(store="store(k=direction(of=dense, kept=0), v=direction(t=0.2), "
+                                   "sinks=3, window=300, members=2)", member=0, group=1),
 }
 
 
@@ -189,7 +202,7 @@ def test_the_attention_mass_of_each_token(name):
 @pytest.mark.parametrize("name", ["kivi4", "fp8", "nf4", "bf16-symmetric", "fp16"])
 def test_other_machines(name, monkeypatch):
     """The text for machines without AVX-512 gives the same."""
-    text = "#define KVC_PORTABLE\n" + cpp_attend.headers()
+    text = ("#define KVC_PORTABLE\n", *cpp_attend.headers())
     monkeypatch.setattr(cpp_attend, "headers", lambda: text)
     Case(**QUICK[name]).check()
 
@@ -213,7 +226,9 @@ APPENDED = ("store", KIVI.format(4, 32), KIVI.format(2, 32), "store(k=int, v=int
             "store(k=fp8, v=fp8(kind=e5m2))", "store(k=nf4(axis=channel), v=nf4)",
             "store(k=int(bits=4, symmetric=true), v=hadamard(of=int(bits=4, symmetric=true)))",
             "store(k=int(bits=4, axis=channel), k_block=128, v=int(bits=4), v_lag=128, sinks=4, "
-            "window=100)", "store(sinks=3, window=20)",
+            "window=100)", "store(sinks=3, window=20)", MERGED.format(2),
+            "store(k=direction(of=dense, kept=9), v=direction(of=fp8, t=0, kept=0), sinks=3, "
+            "members=2)",
             "store(k=outliers(of=nuq(table=[-0.9, -0.2, 0.3, 0.8], axis=channel, group=128)), "
             "v=hadamard(of=centered(of=scaled(of=outliers(of=int(bits=4, clip=0.9))))), sinks=1)",
             *(pytest.param(text, marks=pytest.mark.slow) for text in (
@@ -239,7 +254,8 @@ def test_appending_stores_the_same_bits(text, dtype):
     both = [Group([site, site], rows, torch.device("cpu")) for _ in range(2)]
     start = torch.tensor([0, 100, 37])
     first = torch.arange(100)[None] < start[:, None]
-    x = torch.randn(2, 2, rows, 2, 300, 64, generator=g)
+    each = 2 * store.members
+    x = torch.randn(2, each, rows, 2, 300, 64, generator=g)
     x[..., 5] *= 40
     x = torch.where(torch.rand(x.shape, generator=g) < 0.01, 0.0, x).to(dtype)
     options = dict(store=text, slots=[1, 0])
@@ -251,7 +267,8 @@ def test_appending_stores_the_same_bits(text, dtype):
     flat = [*x[..., :1, :].flatten(0, 1).contiguous(), *both[0].planes, start.view(rows, 1),
             torch.ones(rows, 1, dtype=torch.bool)]
     nodes = [graph.placeholder(f"x{i}") for i in range(len(flat))]
-    graph.call_function(APPEND, (nodes[4:-2], nodes[:2], nodes[2:4], *nodes[-2:]), options)
+    graph.call_function(APPEND, (nodes[2 * each : -2], nodes[:each], nodes[each : 2 * each],
+                                 *nodes[-2:]), options)
     graph.output((nodes[-1],))
     gm = torch.fx.GraphModule({}, graph)
     with torch.no_grad(), config.patch(force_disable_caches=True):

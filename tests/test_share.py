@@ -145,6 +145,7 @@ def test_padding_turns_crops_and_batches():
     assert torch.equal(again[0, :44], first.sequences[0, :44])
 
 
+@pytest.mark.slow
 def test_a_compiled_step_gives_the_same_tokens():
     want = greedy(optimized("llama", "cla+kivi(bits=4)"), prompt(150), 12)
     assert torch.equal(greedy(optimized("llama", "cla+kivi(bits=4)", compile=True), prompt(150),

@@ -279,11 +279,13 @@ template <long SINKS, long WINDOW, long GRAIN, long BLOCK, long LAG, long BODY_R
     static long end(long n) { return std::max(0L, n - SINKS - LAG) / BLOCK * BLOCK; }
 };
 
-// tier.table points to the pages of one (layer, row, head).
-template <class Q, class Sinks, class Body, class Recent, int D, class T>
-inline void append_one(const Tier& sinks, const Tier& body, const Tier& recent, long n, const T* x) {
+// tier.table points to the pages of one (layer, row, head); x to a token's DIM numbers in each of
+// the MEMBERS layers that lie side by side there.
+template <class Q, class Sinks, class Body, class Recent, int DIM, int MEMBERS, class T>
+inline void append_one(const Tier& sinks, const Tier& body, const Tier& recent, long n, const T* const (&x)[MEMBERS]) {
+    constexpr int D = DIM * MEMBERS;
     alignas(64) float token[1][D];
-    for (int d = 0; d < D; d++) token[0][d] = read(x + d);
+    for (int d = 0; d < D; d++) token[0][d] = read(x[d / DIM] + d % DIM);
     if constexpr (!std::is_same_v<Sinks, None>)
         if (n < Q::sinks) {
             Sinks::write(sinks.plane, sinks.table[n / PAGE], (int)(n % PAGE), token, 1);

@@ -247,6 +247,33 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedK
             }
         }
     }
+
+    // k of token groups [first, last), as rows
+    void rows(int first, int last, float (*out)[D]) const {
+        for (int group = first; group < last; group++) {
+            const int step = AXIS == channel_axis ? group * 16 / GROUP : 0;
+            alignas(64) float x[PAD][16];  // channel by channel
+            for (int tile = 0; tile < TILES; tile++) {
+                vi word = load_bytes(codes + (group * TILES + tile) * 64);
+                unroll<4>([&](auto c) {
+                    unroll<F>([&](auto f) { store(x[tile * TILE + f * 4 + c], values.template at<8 * c + V::bits * f>(word)); });
+                });
+            }
+            for (int d = 0; d < D; d++) {
+                const int at = AXIS == channel_axis ? 0 : (GROUPS == 1 ? 0 : d / GROUP) * PAGE + group * 16;
+                if constexpr (AXIS == channel_axis)
+                    store(x[d], fma(load(x[d]), set(read(scale + step * D + d)), set(LOW ? read(low + step * D + d) : 0.0f)));
+                else
+                    store(x[d], fma(load(x[d]), load(scale + at), LOW ? load(low + at) : set(0.0f)));
+            }
+            for (int d = 0; d < D; d += 16) {
+                vf some[16];
+                for (int i = 0; i < 16; i++) some[i] = load(x[d + i]);
+                transpose(some);
+                for (int i = 0; i < 16; i++) store(out[group * 16 + i] + d, some[i]);
+            }
+        }
+    }
 };
 
 // V: 16 channels abreast. o[r] += sum over tokens of p[r][t] v[t], token groups of 16.
@@ -421,6 +448,30 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedV
                         if constexpr (LOW) x = fma(all, load(low + step * D + d), x);
                         store(o[r] + d, x);
                     }
+                }
+            }
+        }
+    }
+
+    // v of token groups [first, last), as rows
+    void rows(int first, int last, float (*out)[D]) const {
+        for (int quad = first * 4; quad < last * 4; quad++) {
+            alignas(64) float x[4][TILES * TILE + 16 * F];
+            unroll<TILES + (REST > 0)>([&](auto tile) {
+                constexpr bool remainder = tile == TILES;
+                vi word = codes_at<remainder>(quad, tile);
+                unroll<F>([&](auto f) {
+                    constexpr int at = tile * TILE + f * (remainder ? REST : 16);
+                    unroll<4>([&](auto c) { store(x[c] + at, values.template at<8 * c + V::bits * f>(word)); });
+                });
+            });
+            for (int c = 0; c < 4; c++) for (int d = 0; d < D; d += 16) {
+                const int t = quad * 4 + c, place = (GROUPS == 1 ? 0 : d / GROUP) * PAGE + t;
+                if constexpr (AXIS == channel_axis) {
+                    const int at = t / GROUP * D + d;
+                    store(out[t] + d, fma(load(x[c] + d), load(scale + at), LOW ? load(low + at) : set(0.0f)));
+                } else {
+                    store(out[t] + d, fma(load(x[c] + d), set(read(scale + place)), set(LOW ? read(low + place) : 0.0f)));
                 }
             }
         }

@@ -7,7 +7,7 @@ namespace kvc {
 struct Tier {  // planes of one tier; table [rows, heads, pages]
     const int32_t* table;
     long pages;
-    const void* plane[8];
+    const void* plane[12];
 };
 
 struct None {};

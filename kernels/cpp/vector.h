@@ -14,6 +14,11 @@
 #else
 #define KVC_INTEGER 0
 #endif
+#if KVC_AVX512 && defined(__AVX512BF16__) && !defined(KVC_NO_PAIRS)
+#define KVC_PAIRS 1  // dot products of bf16
+#else
+#define KVC_PAIRS 0
+#endif
 
 namespace kvc {
 
@@ -43,6 +48,8 @@ inline vi shift_left(vi a, int n) { return _mm512_slli_epi32(a, n); }
 inline vi add(vi a, int n) { return _mm512_add_epi32(a, _mm512_set1_epi32(n)); }
 inline vi either(vi a, vi b) { return _mm512_or_si512(a, b); }
 inline vf bits(vi a) { return _mm512_castsi512_ps(a); }
+inline vi as_int(vf a) { return _mm512_castps_si512(a); }
+inline vi sum_of(vi a, vi b) { return _mm512_add_epi32(a, b); }
 inline vf below(vf a, vf limit, vf yes, vf no) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, limit, _CMP_LT_OQ), no, yes);
 }
@@ -121,6 +128,8 @@ inline vi shift_left(vi a, int n) { return a << n; }
 inline vi add(vi a, int n) { return a + n; }
 inline vi either(vi a, vi b) { return a | b; }
 inline vf bits(vi a) { return (vf)a; }
+inline vi as_int(vf a) { return (vi)a; }
+inline vi sum_of(vi a, vi b) { return a + b; }
 inline vf below(vf a, vf limit, vf yes, vf no) { return a < limit ? yes : no; }
 inline vf nearest(vf a) { vf out; for (int i = 0; i < 16; i++) out[i] = std::nearbyintf(a[i]); return out; }
 inline vf times_power(vf a, vf n) {
@@ -148,6 +157,36 @@ inline vf sums(const vf* a) { vf out; for (int i = 0; i < 16; i++) out[i] = sum(
 inline vf magnitude(vf a) { return a < 0 ? -a : a; }
 #endif
 
+// 16 vectors turned: lane i of x[j] <-> lane j of x[i].
+inline void transpose(vf* x) {
+#if KVC_AVX512
+    __m512 a[16];
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+        a[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            __m512d low = _mm512_castps_pd(a[i + j]), high = _mm512_castps_pd(a[i + j + 2]);
+            x[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+            x[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+        }
+    for (int i = 0; i < 16; i += 8)
+        for (int j = 0; j < 4; j++) {
+            a[i + j] = _mm512_shuffle_f32x4(x[i + j], x[i + j + 4], 0x88);
+            a[i + j + 4] = _mm512_shuffle_f32x4(x[i + j], x[i + j + 4], 0xdd);
+        }
+    for (int j = 0; j < 8; j++) {
+        x[j] = _mm512_shuffle_f32x4(a[j], a[j + 8], 0x88);
+        x[j + 8] = _mm512_shuffle_f32x4(a[j], a[j + 8], 0xdd);
+    }
+#else
+    float a[16][16];
+    for (int i = 0; i < 16; i++) store(a[i], x[i]);
+    for (int i = 0; i < 16; i++) for (int j = 0; j < 16; j++) x[i][j] = a[j][i];
+#endif
+}
+
 inline float largest_of(const float* x, int n) {  // n a multiple of 16
     vf most = set(0.0f);
     for (int i = 0; i < n; i += 16) most = max(most, magnitude(load(x + i)));
@@ -174,7 +213,20 @@ template <bool ROUGH> inline vf exp2(vf x) {
     return times_power(p, n);
 }
 
+// 2^x as above, relative error 8e-5 where `ROUGH`: for weights that become bf16.
+template <bool ROUGH> inline vf weight(vf x) {
+    if constexpr (!ROUGH) return exp2<false>(x);
+    x = max(x, set(-126.0f));
+    const vf whole = set(12582912.0f);  // 1.5 * 2^23: adding it rounds, and leaves n in the low bits
+    vf n = x + whole, f = x - (n - whole);
+    vf p = fma(set(5.50886765e-2f), f, set(0.242604047f));
+    p = fma(p, f, set(0.693276167f));
+    p = fma(p, f, set(0.999928951f));
+    return bits(sum_of(as_int(p), shift_left(as_int(n), 23)));
+}
+
 inline float read(const float* p) { return *p; }
+inline float read(const exponent* p) { return as_float((uint32_t)(p->bits + 127) << 23); }
 inline float read(const bf16* p) { return as_float((uint32_t)p->bits << 16); }
 inline void write(float* p, float x) { *p = x; }
 inline void write(bf16* p, float x) {

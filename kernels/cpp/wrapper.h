@@ -21,6 +21,11 @@ template <class Inner, int D, int SIZE> struct Hadamard : Inner {
             for (int i = 0; i < SIZE; i++) x[block + i] = a[i] * unit;
         }
     }
+
+    void rows(int first, int last, float (*out)[D]) const {
+        Inner::rows(first, last, out);
+        for (int t = first * 16; t < last * 16; t++) turn(out[t]);
+    }
 };
 
 // Calls f(step, from, to) for the parts of token groups [first, last) that lie in one step.
@@ -69,6 +74,12 @@ template <class Inner, int D, int STEP> struct Centered {
             }
         });
     }
+
+    void rows(int first, int last, float (*out)[D]) const {
+        inner.rows(first, last, out);
+        for (int t = first * 16; t < last * 16; t++)
+            for (int d = 0; d < D; d += 16) store(out[t] + d, load(out[t] + d) + load(mean + t / STEP * D + d));
+    }
 };
 
 // A scale per channel of a step.
@@ -101,6 +112,12 @@ template <class Inner, int D, int STEP> struct Scaled {
                 for (int d = 0; d < D; d += 16)
                     store(o[r] + d, fma(load(part[r] + d), load(channel + step * D + d), load(o[r] + d)));
         });
+    }
+
+    void rows(int first, int last, float (*out)[D]) const {
+        inner.rows(first, last, out);
+        for (int t = first * 16; t < last * 16; t++)
+            for (int d = 0; d < D; d += 16) store(out[t] + d, load(out[t] + d) * load(channel + t / STEP * D + d));
     }
 };
 
@@ -142,6 +159,16 @@ template <class Inner, int D, int STEP, int RANK> struct Lowrank {
             }
         });
     }
+
+    void rows(int first, int last, float (*out)[D]) const {
+        inner.rows(first, last, out);
+        for (int t = first * 16; t < last * 16; t++)
+            for (int k = 0; k < RANK; k++) {
+                const int at = t / STEP * RANK + k;
+                vf w = set(read(a + at * STEP + t % STEP));
+                for (int d = 0; d < D; d += 16) store(out[t] + d, fma(w, load(b + at * D + d), load(out[t] + d)));
+            }
+    }
 };
 
 // N numbers of every group of GROUP, added where they belong.
@@ -170,6 +197,11 @@ template <class Inner, int D, Axis AXIS, int GROUP, int N> struct Sparse {
                 for (int t = first * 16; t < last * 16; t++)
                     f(t, i / N * GROUP + place[i * PAGE + t], read(rest + i * PAGE + t));
         }
+    }
+
+    void rows(int first, int last, float (*out)[D]) const {
+        inner.rows(first, last, out);
+        each(first, last, [&](int t, int c, float x) { out[t][c] += x; });
     }
 };
 

@@ -12,17 +12,18 @@ from kvcompile.backend.template import (
     kernel,
     last_contiguous,
     lowering,
+    permute,
     threads,
     to_dtype,
 )
-from kvcompile.ir import APPEND, ATTEND, LINEAR, STORABLE
-from kvcompile.kernels import cpp_append, cpp_attend, cpp_vector
+from kvcompile.ir import APPEND, ATTEND, ATTENTION, LINEAR, STORABLE
+from kvcompile.kernels import cpp_append, cpp_attend, cpp_blockwise
 from kvcompile.kernels import linear as linears
 from kvcompile.kernels.dense import CPP
 from kvcompile.store import Store
 
 
-@lowering(LINEAR, linears, cpp_vector)
+@lowering(LINEAR, linears, *linears.FILES)
 def linear(x: Any, weights: list[Any], biases: list[Any], *, gate: str = "") -> Any:
     """One row of x against weights whose rows are contiguous."""
     *rows, _ = x.get_size()
@@ -34,41 +35,82 @@ def linear(x: Any, weights: list[Any], biases: list[Any], *, gate: str = "") -> 
         if bias is not None:
             inputs[f"bias{i}"] = contiguous(bias)
     total = sum(w.get_size()[0] for w in weights[: 1 if gate else None])
-    statements = linears.statements([b is not None for b in biases], gate)
-    return kernel([cpp_vector.TEXT, linears.TEXT], statements, inputs, [*rows, total],
+    statements = linears.statements(x.get_dtype(), [b is not None for b in biases], gate)
+    return kernel([*linears.headers()], statements, inputs, [*rows, total],
                   x.get_dtype())
 
 
-@lowering(ATTEND, cpp_attend, *cpp_attend.FILES)
+@lowering(ATTENTION, cpp_attend, cpp_blockwise, *cpp_blockwise.FILES)
+def attention(q: Any, k: Any, v: Any, positions: Any, valid: Any, sinks: Any, *, scale: float,
+              window: int = 0, softcap: float = 0.0, store: str = "store", layer: int = 0) -> Any:
+    """Any number of queries, each of which sees the exact tokens of the call."""
+    if not Store.parse(store).exact:
+        return None
+    shape = _shape(q, k, v, scale, window, softcap, sinks)._replace(stored=False)
+    return _many(shape, q, k, v, [], valid, sinks, Store.parse(store))
+
+
+@lowering(ATTEND, cpp_attend, cpp_blockwise, *cpp_blockwise.FILES)
 def attend(q: Any, k: Any, v: Any, planes: list[Any], positions: Any, valid: Any, sinks: Any, *,
            scale: float, window: int = 0, softcap: float = 0.0, store: str, slot: int = 0,
-           layer: int = 0, mass: bool = False) -> Any:
-    """One query a row over what is stored, where the log-sum-exp is not asked for."""
-    batch, heads, tokens, dim = q.get_size()
-    kept = k.get_size()[1]
-    if q.get_device().type != "cpu" or not _equal(tokens, 1) or _used(1):
+           layer: int = 0, mass: bool = False, member: int = 0) -> Any:
+    """Over what is stored, where the log-sum-exp is not asked for, and mass of one query only."""
+    batch, heads, tokens, _ = q.get_size()
+    if _used(1):
         return None
-    shape = cpp_attend.Shape(int(kept), int(heads) // int(kept), (int(dim), int(v.get_size()[3])),
-                             q.get_dtype(), scale, window, softcap, sinks is not None, mass)
     parsed = Store.parse(store)
-    if cpp_attend.unsupported(parsed, shape):
+    shape = _shape(q, k, v, scale, window, softcap, sinks)._replace(mass=mass)
+    if not _equal(tokens, 1):
+        o = None if mass else _many(shape, q, k, v, planes, valid, sinks, parsed, slot, member)
+        return o and (o, o, o)
+    if q.get_device().type != "cpu" or cpp_attend.unsupported(parsed, shape):
         return None
-    inputs = {"q": last_contiguous(q), "k": last_contiguous(k), "v": last_contiguous(v),
-              "valid": contiguous(valid), "slot": constant(slot)}
-    inputs |= {f"plane{i}": plane for i, plane in enumerate(planes)}
-    if sinks is not None:
-        inputs["sinks"] = to_dtype(contiguous(sinks), torch.float32)
-    text = [cpp_attend.headers(), cpp_attend.config(parsed, shape, threads())]
+    inputs = _inputs(q, k, v, planes, valid, sinks, parsed, slot, member)
+    text = [*cpp_attend.headers(), cpp_attend.config(parsed, shape, threads())]
     statements = cpp_attend.statements(parsed, shape, threads())
     size = [batch, heads, tokens, v.get_size()[3]]
     if not mass:
         o = kernel(text, statements, inputs, size, q.get_dtype())
         return o, o, o
     places = parsed.places(shape.dims, q.get_dtype(), [x.get_size() for x in planes]) + 1
-    inputs["mass"] = empty([batch, kept, places], torch.float32)
+    inputs["mass"] = empty([batch, shape.heads, places], torch.float32)
     inputs["out"] = empty(size, q.get_dtype())
     kernel(text, statements, inputs, [1], torch.uint8, ["mass", "out"])
     return inputs["out"], inputs["out"], inputs["mass"]
+
+
+def _many(shape: cpp_attend.Shape, q: Any, k: Any, v: Any, planes: list[Any], valid: Any,
+          sinks: Any, store: Store, slot: int = 0, member: int = 0) -> Any:
+    """Attention of many queries, laid out token by token; None where there is no kernel."""
+    if q.get_device().type != "cpu" or cpp_attend.unsupported(store, shape):
+        return None
+    batch, heads, tokens, _ = q.get_size()
+    o = kernel([*cpp_blockwise.headers(), cpp_attend.config(store, shape, threads())],
+               cpp_blockwise.statements(store, shape, threads()),
+               _inputs(q, k, v, planes, valid, sinks, store, slot, member),
+               [batch, tokens, heads, v.get_size()[3]], q.get_dtype())
+    return permute(o, [0, 2, 1, 3])
+
+
+def _shape(q: Any, k: Any, v: Any, scale: float, window: int, softcap: float, sinks: Any
+           ) -> cpp_attend.Shape:
+    heads, kept, dim = (int(n) for n in (q.get_size()[1], k.get_size()[1], q.get_size()[3]))
+    return cpp_attend.Shape(kept, heads // kept, (dim, int(v.get_size()[3])), q.get_dtype(), scale,
+                            window, softcap, sinks is not None)
+
+
+def _inputs(q: Any, k: Any, v: Any, planes: list[Any], valid: Any, sinks: Any, store: Store,
+            slot: int, member: int) -> dict[str, Any]:
+    inputs = {"q": last_contiguous(q), "k": last_contiguous(k), "v": last_contiguous(v),
+              "valid": contiguous(valid)}
+    if planes:
+        inputs["slot"] = constant(slot)
+    if store.members > 1:
+        inputs["member"] = constant(member)
+    inputs |= {f"plane{i}": plane for i, plane in enumerate(planes)}
+    if sinks is not None:
+        inputs["sinks"] = to_dtype(contiguous(sinks), torch.float32)
+    return inputs
 
 
 @lowering(APPEND, cpp_append, *cpp_append.FILES)
@@ -86,7 +128,7 @@ def append(planes: list[Any], k: list[Any], v: list[Any], positions: Any, valid:
     inputs |= {f"k{i}": last_contiguous(x) for i, x in enumerate(k)}
     inputs |= {f"v{i}": last_contiguous(x) for i, x in enumerate(v)}
     inputs["valid"] = contiguous(valid)
-    kernel([cpp_append.headers(), cpp_append.functions(parsed, dims, dtype)],
+    kernel([*cpp_append.headers(), cpp_append.functions(parsed, dims, dtype)],
            cpp_append.statements(parsed, dims, dtype, int(heads), slots, threads(),
                                  len(valid.get_size()) == 3), inputs, [1], torch.uint8,
            [f"plane{i}" for i in range(len(planes))])
@@ -103,7 +145,7 @@ def storable(k: list[Any], v: list[Any], k_limits: list[float], v_limits: list[f
     dtypes = {x.get_dtype() for x in (*k, *v)}
     if not dtypes <= CPP.keys():
         return None
-    return kernel([cpp_append.headers()], cpp_append.check([x.get_dtype() for x in k], k_limits,
+    return kernel([*cpp_append.headers()], cpp_append.check([x.get_dtype() for x in k], k_limits,
                                                          v_limits), inputs, [len(k)], torch.bool)
 
 

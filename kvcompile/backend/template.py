@@ -112,6 +112,11 @@ def empty(size: Sequence[Any], dtype: torch.dtype) -> Any:
     return full
 
 
+def permute(node: Any, dims: Sequence[int]) -> Any:
+    """A view with its dims in this order."""
+    return lowerings.permute(node, dims)
+
+
 def to_dtype(node: Any, dtype: torch.dtype) -> Any:
     return node if node.get_dtype() == dtype else lowerings.to_dtype(node, dtype)
 

@@ -41,7 +41,7 @@ def prefill(model: Any, ids: Tensor) -> Tensor:
 
 def _shares(model: Any, ids: Tensor) -> tuple[float, float]:
     """(seconds of storing, seconds of everything else) in one prefill."""
-    storing = model.kvcompile.engine.storing
-    before = storing.seconds
+    alone = model.kvcompile.engine.alone
+    before = alone.seconds
     total = seconds(partial(prefill, model, ids))
-    return storing.seconds - before, total - (storing.seconds - before)
+    return alone.seconds - before, total - (alone.seconds - before)

@@ -1,0 +1,35 @@
+"""The C++ text of attention of many queries: kvc.attention, and kvc.attend with more than one."""
+
+from functools import cache
+
+from kvcompile.kernels.cpp_attend import FILES as ONE_QUERY
+from kvcompile.kernels.cpp_attend import FOLDER, Shape, name, number, tiers
+from kvcompile.store import Store
+
+FILES = (*ONE_QUERY, FOLDER / "product.h", FOLDER / "blockwise.h")
+
+
+@cache
+def headers() -> tuple[str, ...]:
+    """What every kernel's text starts with; `cpp_attend.config` follows."""
+    return tuple(file.read_text() for file in FILES)
+
+
+def statements(store: Store, shape: Shape, threads: int) -> str:
+    """The statements: q [B, Hq, S, Dk], k, v, valid [B, S], sinks and, where anything is stored,
+    plane0.. (the count first) and slot -> out [B, S, Hq, Dv]."""
+    start, count = "slot[0] * q_size[0] * Config::H", "nullptr"
+    lines = [f"using Config = kvc::{name(store, shape, threads)};", "Config::Tiers tiers;"]
+    if shape.stored:
+        count = f"plane0 + {start}"
+        lines += tiers(store, shape.dims, shape.dtype, "tiers.", start,
+                       "member[0]" if store.members > 1 else "")
+    lines += [f"const auto* {x}_ = (const Config::T*){x};" for x in "qkv"]
+    lines += [f"auto* out_ = ({number(shape.dtype)}*)out;",
+              f"kvc::blockwise<Config>(tiers, {count}, valid, "
+              f"{'sinks' if shape.sinks else 'nullptr'}, q_size[0], q_size[2],"]
+    lines += [f"    [&](long b, long h, long t) {{ return {x}_ + b * {x}_stride[0] + "
+              f"h * {x}_stride[1] + t * {x}_stride[2]; }}," for x in "qkv"]
+    lines.append("    [&](long b, long h, long t) { return out_ + ((b * q_size[2] + t) * "
+                 "(Config::H * Config::G) + h) * Config::DV; });")
+    return "\n".join(lines)
