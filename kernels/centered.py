@@ -21,6 +21,8 @@ class Centered(Wrapper):
     of: Term = Term("int")
     block: int = 128
     name: ClassVar[str] = "centered"
+    examples: ClassVar[tuple[str, ...]] = ("centered(of=int(bits=4, symmetric=true))",
+        "centered(of=fp8, block=32)")
 
     def __post_init__(self) -> None:
         self.check_block()

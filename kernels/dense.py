@@ -19,6 +19,7 @@ class Dense:
 
     dtype: str = "same"
     name: ClassVar[str] = "dense"
+    examples: ClassVar[tuple[str, ...]] = ("dense", "dense(dtype=bf16)", "dense(dtype=fp16)")
     step: ClassVar[int] = 1
 
     def __post_init__(self) -> None:

@@ -29,6 +29,8 @@ class Direction(Wrapper):
     kept: int = 6
     block: ClassVar[int] = PAGE  # type: ignore[misc]
     name: ClassVar[str] = "direction"
+    examples: ClassVar[tuple[str, ...]] = ("direction",
+        "direction(of=int(bits=4, axis=channel), kept=0)", "direction(of=fp8, t=0.2)")
 
     def __post_init__(self) -> None:
         if not 0 <= self.t <= 1:

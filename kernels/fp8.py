@@ -20,6 +20,7 @@ class Fp8(Coded):
 
     kind: str = "e4m3"
     name: ClassVar[str] = "fp8"
+    examples: ClassVar[tuple[str, ...]] = ("fp8", "fp8(kind=e5m2)")
     axis: ClassVar[str] = "token"  # type: ignore[misc]
     scale_dtype: ClassVar[torch.dtype] = torch.int8
 

@@ -23,6 +23,8 @@ class Hadamard(Wrapper):
 
     of: Term = Term("int")
     name: ClassVar[str] = "hadamard"
+    examples: ClassVar[tuple[str, ...]] = ("hadamard(of=int(bits=4))",
+        "hadamard(of=int(bits=2, axis=channel))")
     turned: ClassVar[bool] = True
 
     def own(self, dim: int) -> Planes:

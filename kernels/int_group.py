@@ -30,6 +30,9 @@ class Int(Coded):
     symmetric: bool = False
     clip: float = 1.0
     name: ClassVar[str] = "int"
+    examples: ClassVar[tuple[str, ...]] = ("int(bits=2, axis=channel, group=16)",
+        "int(bits=4, axis=token, group=64)", "int(group=128, clip=0.95)", "int(clip=0.5)",
+        "int(bits=4, symmetric=true)")
 
     def __post_init__(self) -> None:
         for key, legal in (("bits", (2, 4, 8)), ("axis", ("channel", "token")),

@@ -24,6 +24,9 @@ class Lowrank(Wrapper):
     rank: int = 4
     block: int = 128
     name: ClassVar[str] = "lowrank"
+    examples: ClassVar[tuple[str, ...]] = ("lowrank(of=int(bits=2, axis=channel))",
+        "lowrank(of=int(bits=2), rank=2, block=32)",
+        "lowrank(of=outliers(of=int(bits=2), fraction=0.02))")
 
     def __post_init__(self) -> None:
         self.check_block()

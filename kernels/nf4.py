@@ -38,6 +38,7 @@ class Nf4(Coded):
     axis: str = "token"
     group: int = 64
     name: ClassVar[str] = "nf4"
+    examples: ClassVar[tuple[str, ...]] = ("nf4", "nf4(axis=channel, group=16)", "nf4(group=128)")
 
     def __post_init__(self) -> None:
         for key, legal in (("axis", ("channel", "token")), ("group", GROUPS)):

@@ -24,6 +24,9 @@ class Nuq(Coded):
     axis: str = "token"
     group: int = 128
     name: ClassVar[str] = "nuq"
+    examples: ClassVar[tuple[str, ...]] = ("nuq(table=[-0.7, -0.2, 0.1, 0.6])",
+        "nuq(table=[-1, -0.9, -0.8, -0.6, -0.5, -0.3, -0.2, 0, 0.1, 0.2, 0.3, 0.5, 0.6, 0.7, 0.9, "
+        "1], axis=channel, group=32)")
     has_low: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -26,6 +26,8 @@ class Outliers(Wrapper):
     of: Term = Term("int")
     fraction: float = 0.01
     name: ClassVar[str] = "outliers"
+    examples: ClassVar[tuple[str, ...]] = ("outliers(of=int(bits=2, axis=channel, group=128))",
+        "outliers(of=nf4, fraction=0.05)")
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 0.25:

@@ -23,6 +23,8 @@ class Scaled(Wrapper):
     of: Term = Term("int")
     block: int = 128
     name: ClassVar[str] = "scaled"
+    examples: ClassVar[tuple[str, ...]] = ("scaled(of=int(bits=4, group=64))",
+        "scaled(of=nf4(axis=channel, group=32), block=16)")
 
     def __post_init__(self) -> None:
         self.check_block()

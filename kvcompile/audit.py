@@ -150,12 +150,11 @@ class Run:
         site, old, tokens = self.sites[layer], self.seen[layer][row], new.q.shape[1]
         held, past = slots(cache, layer, row), old[0].shape[1]
         together = [self.seen[i][row] for i in site.members or (layer,)]
-        given = [torch.cat([x[:, :past] for x in side], -1)
-                 for side in zip(*together, strict=True)]
+        k, v = (torch.cat([x[:, :past] for x in side], -1) for side in zip(*together, strict=True))
         if self.sites[site.place[0]].rule:
-            promise = selected(site.store, held[0], self.ids[row][:past], *given)
+            promise = selected(site.store, held[0], self.ids[row][:past], k, v)
         else:
-            promise = contract(site.store, *given, member=site.place[1])
+            promise = contract(site.store, k, v, member=site.place[1])
         where = f"row {row}, {past} tokens stored"
         told = []
         for i in sorted({0, tokens // 2, tokens - 1}):

@@ -81,7 +81,11 @@ Planes = dict[str, StepPlane]
 
 @runtime_checkable
 class Format(Protocol):
-    """One storage format. The dataclass fields are its options, with their legal values."""
+    """One storage format. The dataclass fields are its options, with their legal values.
+
+    A class may also have `examples`, texts of it that show its options at work (the laws are
+    tried on all their combinations, `kvcompile/testing`), and `exempt`: law -> why not for it.
+    """
 
     name: ClassVar[str]
 

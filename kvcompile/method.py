@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -83,6 +83,8 @@ class Method:
     gives them from the bound ones and what attention saw in the claimed layers. They are written
     into the recipe (`kvcompile.calibration`), so that its text is all that anybody needs.
 
+    `exempt` names laws that the method need not keep, each with the reason (`kvcompile.testing`).
+
     Every method also takes ``layers=``: a slice, a layer or a list of layers.
     """
 
@@ -94,6 +96,7 @@ class Method:
     axes: Callable[[Mapping[str, Any]], Axes | Sequence[Axes]]
     note: str = ""
     calibrate: Callable[[Mapping[str, Any], Samples], Axes] | None = None
+    exempt: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         names = [param.name for param in self.params]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.calibration import Samples
+from kvcompile.errors import RecipeError
 from kvcompile.method import Axes, Method, Param
 from kvcompile.recipe import Value
 
@@ -35,6 +36,10 @@ def _layer(p: Mapping[str, Any], k: str, v: str) -> Axes:
 def _calibrate(p: Mapping[str, Any], samples: Samples) -> Axes:
     """Sections 3.3 and 3.4: the diagonal of the Fisher information weighs each number."""
     tables: dict[str, list[tuple[float, ...]]] = {"k": [], "v": []}
+    tokens = samples.ids.shape[1]
+    if tokens < p["sinks"] + 32:
+        raise RecipeError(f"kvquant(sinks={p['sinks']}): calibration texts of {tokens} tokens "
+                          f"leave too few after the sinks; give at least {p['sinks'] + 32}")
     for sample, gradients in zip(samples.attention, samples.gradients, strict=True):
         for side, x, g in zip("kv", (sample.k, sample.v), gradients, strict=True):
             x, g = (t[..., p["sinks"]:, :].float() for t in (x, g))

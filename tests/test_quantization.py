@@ -245,6 +245,8 @@ def test_what_calibration_refuses(program):
         program.lower("kvtuner(k=[2, 3], v=[4, 8])")
     with pytest.raises(RecipeError, match="k must be a list"):
         plan("kvtuner(k=4, v=4)", 2)
+    with pytest.raises(RecipeError, match="leave too few after the sinks; give at least 96"):
+        program.lower("kvquant(sinks=64)", calibration=prompt(64, 2))
     for wrong in (torch.zeros(80), torch.zeros(1, 80), torch.zeros(1, 20, dtype=torch.long), [1]):
         with pytest.raises(KVCompileError, match=r"token ids \[texts, tokens\] of at least 64"):
             program.lower("kvtuner", calibration=wrong)

@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from support import MORE, RECIPES
 
-from kvcompile.ir import APPEND, ATTEND, ATTENTION, STORABLE
+from kvcompile.ir import APPEND, ATTEND, STORABLE
 from kvcompile.plan import plan
 from kvcompile.planes import Group
 from kvcompile.site import Site
-from kvcompile.store import SIDES, Store
+from kvcompile.store import Store
 
 STORES = [Store.of(plan(r, 1)[0].values) for r in (*RECIPES, MORE[0], MORE[2],
           "kivi(bits=4, group=64)",
@@ -42,96 +40,6 @@ def step(lay: Group, q, k, v, pos, valid, counts, window=0):
     o, *_ = ATTEND(q, k, v, lay.planes, pos, valid, None, scale=DIM**-0.5, window=window, **options)
     APPEND(lay.planes, [k], [v], pos, valid, slots=[0], **options)
     return o
-
-
-@pytest.mark.parametrize("store", STORES, ids=str)
-def test_text_round_trips(store):
-    assert Store.parse(str(store)) == store
-
-
-@pytest.mark.parametrize("store", STORES, ids=str)
-def test_spans_partition_the_kept_tokens(store):
-    for n in range(0, 900, 7):
-        for side in SIDES:
-            spans = store.spans(side, n)
-            kept = [*range(*spans["sinks"])] + [store.sinks + i for t in ("body", "recent")
-                                                for i in range(*spans[t])]
-            assert kept == store.numbers(n)
-            assert len(kept) == store.stored(n)
-            for tier, (start, end) in spans.items():
-                ring = store.ring(side, tier)
-                assert end - start <= (end if ring is None else ring), (tier, n)
-                if end > start:
-                    assert tier in store.tiers(side)
-
-
-@pytest.mark.parametrize("store", STORES, ids=str)
-def test_decoding_sees_what_the_stateless_form_says(store):
-    """Token by token through planes == kvc.attention with the store, the graph-level oracle."""
-    tokens = 300
-    q, k, v, pos, valid = qkv(1, tokens)
-    want = ATTENTION(q, k, v, pos, valid, None, scale=DIM**-0.5, store=str(store))
-    lay, got = layer(store, 1), []
-    for i in range(tokens):
-        at = slice(i, i + 1)
-        got.append(step(lay, q[:, :, at], k[:, :, at], v[:, :, at], pos[:, at], valid[:, at], [i]))
-    # fp32 rounding of two orders of summation over at most `tokens` terms of size |v| <= 6
-    assert (torch.cat(got, 2) - want).abs().max() <= tokens * torch.finfo(torch.float32).eps * 6
-
-
-@pytest.mark.parametrize("store", STORES, ids=str)
-@settings(max_examples=8, deadline=None)
-@given(cuts=st.lists(st.integers(1, 200), min_size=1, max_size=4), seed=st.integers(0, 99))
-def test_appending_in_pieces_stores_the_same_bytes(store, cuts, seed):
-    """append(T) == append in any pieces: what each tier holds, bit for bit, and the bytes."""
-    from kvcompile.kernels import pages
-
-    total = sum(cuts)
-    _, k, v, pos, valid = qkv(1, total, seed)
-    one, many = layer(store, 1), layer(store, 1)
-    one.reserve([total])
-    APPEND(one.planes, [k], [v], pos, valid, store=str(store), slots=[0])
-    done = 0
-    for n in cuts:
-        at = slice(done, done + n)
-        many.reserve([done + n])
-        APPEND(many.planes, [k[:, :, at]], [v[:, :, at]], pos[:, at], valid[:, at],
-               store=str(store), slots=[0])
-        done += n
-    for side in SIDES:
-        read = []
-        for lay in (one, many):
-            named = pages.named(lay.specs, lay.planes, [0])
-            tiers = pages.tiers(store, side, named, DIM, torch.float32)
-            read.append(pages.stored(store, side, tiers, 0, slice(0, HEADS), total))
-        assert torch.equal(*read)
-    want = store.nbytes((DIM, DIM), torch.float32, HEADS, [total])
-    assert sum(p.nbytes for p in one.planes) == want
-
-
-@pytest.mark.parametrize("store", STORES, ids=str)
-def test_a_batch_is_its_rows(store):
-    """Padding anywhere: each row of a batch gets bit for bit what it gets alone."""
-    tokens, lengths = 150, (150, 37, 1)
-    q, k, v, pos, valid = qkv(3, tokens)
-    valid = torch.zeros(3, tokens).bool()
-    valid[0] = True
-    valid[1, -37:] = True
-    valid[2, 70] = True                                   # padded on both sides
-    q2, k2, v2, pos2, valid2 = qkv(3, 1, seed=1)
-    lay = layer(store, 3)
-    first = step(lay, q, k, v, pos, valid, [0, 0, 0])
-    second = step(lay, q2, k2, v2, pos2, valid2, lengths)
-    for row in range(3):
-        alone = layer(store, 1)
-        keep = valid[row]
-        x = [t[row : row + 1, :, keep] for t in (q, k, v)]
-        p = pos[row : row + 1, keep]
-        o1 = step(alone, *x, p, torch.ones_like(p).bool(), [0])
-        o2 = step(alone, *(t[row : row + 1] for t in (q2, k2, v2, pos2, valid2)), [lengths[row]])
-        assert torch.equal(first[row][:, keep], o1[0])
-        assert torch.equal(second[row], o2[0])
-        assert not first[row][:, ~keep].any()
 
 
 @pytest.mark.parametrize("store", STORES, ids=str)
@@ -200,9 +108,3 @@ def test_what_cannot_be_stored_is_told_by_layer():
     assert got.tolist() == [True, False, False, True]
     assert STORABLE([k.bfloat16()], [large.bfloat16()], [100.0], [100.9]).tolist() == [False]
     assert STORABLE([k], [large], [100.0], [101.0]).tolist() == [True]
-
-
-@pytest.mark.parametrize("store", STORES, ids=str)
-def test_bounded_stores_stop_growing(store):
-    sizes = {n: store.nbytes((DIM, DIM), torch.float32, HEADS, [n]) for n in (2000, 5000, 9000)}
-    assert (len(set(sizes.values())) == 1) == bool(store.window)
