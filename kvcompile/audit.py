@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from kvcompile.engine import Engine
-from kvcompile.errors import KVCompileError, LawError
+from kvcompile.errors import LawError, RecipeError
 from kvcompile.ir import ATTEND, ATTENTION, argument, attention_nodes
 from kvcompile.laws import How, View, bound, fault, oracle
 from kvcompile.own_cache import OwnCache
@@ -224,8 +224,8 @@ def audit(program: Program, ids: Tensor, positions: Tensor | None = None,
     """
     for rule in (Rule.parse(s.rule) for s in program.sites if s.rule):
         if rule.merge or rule.positions != "original" or "probe" in rule.needs:
-            raise KVCompileError(f"verify: {program.recipe} merges or turns what it keeps, or "
-                                 "reads the prompt twice; the laws do not cover that")
+            raise RecipeError(f"verify: {program.recipe} merges or turns what it keeps, or "
+                              "reads the prompt twice; the laws do not cover that")
     positions = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions
     positions = positions.expand(ids.shape)
     valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from kvcompile.baseline import cache_nbytes
 from kvcompile.errors import KVCompileError
-from kvcompile.optimize import Optimized, optimize
+from kvcompile.optimize import optimize
 from kvcompile.prose import prose
 from kvcompile.show import as_text, progress
 
@@ -112,11 +112,11 @@ def recall(model: PreTrainedModel, tokenizer: Any, recipes: Sequence[str], *, to
                 each = [[_ask(ours, tokenizer, e, known) for e in some] for some in sets]
             right = [sum(fine for fine, _ in some) / len(some) for some in each]
             held = [nbytes for some in each for _, nbytes in some]
-            scores.append(Recall(recipe, known, *right, sum(held) // len(held)))
+            scores.append(Recall(recipe, known, right[0], right[1], sum(held) // len(held)))
     return Recalls(tokens, examples, scores)
 
 
-def _ask(model: Optimized, tokenizer: Any, e: Example, aware: bool) -> tuple[bool, int]:
+def _ask(model: Any, tokenizer: Any, e: Example, aware: bool) -> tuple[bool, int]:
     """Whether the answer comes first, and the bytes of the cache before it."""
     from kvcompile.prefill import prefill
 

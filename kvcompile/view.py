@@ -85,7 +85,7 @@ def selected(store: Store, held: Tensor, ids: Tensor, k: Tensor, v: Tensor) -> C
     """
     out = Contract.exact(k, v)
     out.dropped[:] = True
-    for head, slots in enumerate(held):
+    for head, slots in enumerate(held if len(ids) else ()):
         at = (slots[slots >= 0][:, None] == ids[None]).int().argmax(1)
         own = contract(store, k[head : head + 1, at], v[head : head + 1, at])
         for every, mine in zip((out.k, out.v, out.dropped), (own.k, own.v, own.dropped),

@@ -37,7 +37,7 @@ class Sized:
 
     def limit(self, counts: Sequence[int], tokens: int) -> list[int]:
         """What the heads may hold while decoding, after a prompt of which they kept `counts`."""
-        return [self.tokens or n for n in counts]
+        return [self.tokens or max(1, n) for n in counts]
 
 
 @dataclass(frozen=True)

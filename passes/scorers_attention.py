@@ -18,7 +18,7 @@ def pooled(x: Tensor, kernel: int, how: str = "avg") -> Tensor:
         return x
     pool = avg_pool1d if how == "avg" else max_pool1d
     flat = x.reshape(1, -1, x.shape[-1])
-    return pool(flat, kernel, stride=1, padding=kernel // 2).reshape(x.shape)
+    return pool(flat, kernel, stride=1, padding=kernel // 2)[..., : x.shape[-1]].reshape(x.shape)
 
 
 def protect(x: Prompt, scores: Tensor) -> Tensor:
