@@ -57,9 +57,10 @@ def table() -> str:
         grid.add_row(method.name, method.family, *head, method.paper)
         for line in rest:
             grid.add_row("", "", *line, "")
-    return "\n".join([as_text(grid, WIDTH + longest), "", "Every method also takes layers=: a "
-                      "slice such as 2: or ::2, a layer, or a list of layers.", "Methods are joined by +, as in "
-                      '"streamingllm(window=512)+kivi(bits=4)".'])
+    return "\n".join([
+        as_text(grid, WIDTH + longest), "", "Every method also takes layers=: a slice such as 2: or "
+        "::2, a layer, or a list of layers.", "Methods are joined by +, as in "
+        '"streamingllm(window=512)+kivi(bits=4)".'])
 
 
 def page(method: Method) -> str:

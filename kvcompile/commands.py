@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from kvcompile import bench as benchmark
 from kvcompile import catalog
 from kvcompile import demo as demonstration
+from kvcompile.backend import offline
+from kvcompile.backend.offline import TARGETS as TARGETS
 from kvcompile.baseline import uncompressed
 from kvcompile.bench import GROUPS as GROUPS
 from kvcompile.bench.settings import Settings
@@ -21,12 +23,16 @@ from kvcompile.evaluate import defaults
 from kvcompile.evaluate import evaluate as evaluated
 from kvcompile.explain import explain as explained
 from kvcompile.generate import timed
+from kvcompile.kernel_table import kernels as compiled_kernels
 from kvcompile.method import find_method
 from kvcompile.optimize import optimize
+from kvcompile.program import capture
 from kvcompile.prose import prose
 from kvcompile.recall import recall
 from kvcompile.recipe import Recipe
 from kvcompile.registry import module
+from kvcompile.roofline import DEVICES as DEVICES
+from kvcompile.roofline import Roofline, Step, device
 from kvcompile.show import progress
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -47,6 +53,9 @@ def recipes(args: Namespace) -> None:
 def explain(args: Namespace) -> None:
     """`kvcompile explain`: the report, and the graph where asked for."""
     _check(args.recipe)
+    on = None if args.device is None else device(args.device)
+    if args.plot and on is None:
+        raise KVCompileError("--plot needs --device")
     model, _ = _load(args)
     with progress("capturing"):
         report = explained(model, args.recipe)
@@ -54,8 +63,18 @@ def explain(args: Namespace) -> None:
     graph = None if name is None else str(program.after(name) if name else program)
     told = {**report.as_dict(), "tokens": args.tokens, "kv_bytes": report.kv_bytes(args.tokens),
             "baseline_kv_bytes": report.baseline_kv_bytes(args.tokens)}
-    _print(args, told if graph is None else {**told, "graph": graph}, lambda: "\n".join(
-        [report.table(), report.memory(args.tokens), *([] if graph is None else ["", graph])]))
+    parts = [report.table(), report.memory(args.tokens)]
+    if on is not None:
+        predicted = Roofline(Step(program, args.batch), on)
+        told["roofline"] = predicted.as_dict()
+        parts += ["", str(predicted)]
+        if args.plot:
+            full = Roofline(Step(program.lower("full"), args.batch), on)
+            predicted.plot(Path(args.plot), full)
+    if graph is not None:
+        told["graph"] = graph
+        parts += ["", graph]
+    _print(args, told, lambda: "\n".join(parts))
 
 
 def run(args: Namespace) -> None:
@@ -120,6 +139,19 @@ def evaluate(args: Namespace) -> None:
     result = evaluated(model, text, args.context, args.recipes or defaults(RECIPE),
                        name=args.model, lenient=not args.recipes, compile=not args.no_compile)
     _print(args, result.as_dict(), lambda: str(result))
+
+
+def kernels(args: Namespace) -> None:
+    """`kvcompile kernels`: what the kernels of a decode step take on each target."""
+    _check(args.recipe)
+    for target in args.target:
+        offline.check(target)
+    model, _ = _load(args)
+    with progress("compiling"):
+        found = compiled_kernels(capture(model, args.recipe), args.target)
+    if args.out:
+        found.write(Path(args.out))
+    _print(args, found.as_dict(), lambda: str(found))
 
 
 def _print(args: Namespace, data: Any, text: Any) -> None:

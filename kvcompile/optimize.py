@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from kvcompile.artefacts import Calibration
 from kvcompile.audit import Audit, audit
 from kvcompile.backend.inductor import check_compiler
 from kvcompile.cache import KVCache
@@ -25,15 +26,16 @@ log = logging.getLogger(__name__)
 def optimize(model: PreTrainedModel, recipe: str | Recipe = "kivi(bits=4)", *,
              max_length: int | None = None, compile: bool = True,
              prefill_chunk: int | None = None,
-             calibration: Tensor | None = None, verify: bool = False) -> PreTrainedModel:
+             calibration: Tensor | Calibration | None = None,
+             verify: bool = False) -> PreTrainedModel:
     """A model of the same class family that shares `model`'s weights; K and V stored by `recipe`.
 
     max_length     tokens for which every cache is allocated in advance; more raise CacheFullError
     compile        compile the decode step with Inductor (else run the same graph eagerly)
     prefill_chunk  tokens of a prompt that are processed at a time; later chunks read what earlier
                    ones stored
-    calibration    token ids [texts, tokens] for methods that look at text first, such as kvtuner;
-                   without it the model writes some for itself, with a fixed seed
+    calibration    token ids [texts, tokens] for what looks at text first, such as kvtuner, or what
+                   `calibrate` found; without it the model writes some text, with a fixed seed
     verify         check the laws (docs/laws.md) on the first prompt: its last tokens are decoded
                    and each layer's attention is compared with the oracle in fp64; the result is
                    `.kvcompile.audit`, or a LawError that names layer, store and kernel. Takes
@@ -49,6 +51,8 @@ def optimize(model: PreTrainedModel, recipe: str | Recipe = "kivi(bits=4)", *,
             raise KVCompileError(f"{name}={value!r}: must be a positive whole number")
     if compile:
         check_compiler()
+    if isinstance(calibration, Calibration):
+        recipe, calibration = calibration.of(recipe, model), calibration.ids
     if isinstance(model, Optimized):
         model.kvcompile.check_weights(model)
         base, program = model.kvcompile.model, model.kvcompile.program.lower(
@@ -85,7 +89,7 @@ class State:
         self.model, self.program, self.engine = model, program, engine
         self.max_length, self.prefill_chunk = max_length, prefill_chunk
         self.owner = f"{type(model).__name__}-{id(self):x}"
-        self.weights = _weights(model)
+        self.weights, self.derived = _weights(model), _versions(program)
         self.warned, self.verify = False, verify
         self.audit: Audit | None = None
 
@@ -101,6 +105,13 @@ class State:
                            compile=self.engine.compile)
         log.info("the laws hold:\n%s", self.audit)
 
+    def check_derived(self) -> None:
+        """What other weights were computed from must not have changed, in place or otherwise."""
+        stale = [n for n, version in _versions(self.program).items() if version != self.derived[n]]
+        if stale:
+            raise KVCompileError(f"{stale[0]} changed after optimize(), which computed other "
+                                 "weights from it; call kvcompile.optimize again")
+
     def check_weights(self, model: PreTrainedModel) -> None:
         """Values changed in place are used as they are; replaced parameters are refused."""
         now = _weights(model)
@@ -115,6 +126,19 @@ class State:
 def _weights(model: PreTrainedModel) -> dict[str, tuple]:
     return {n: (p.data_ptr(), p.dtype, p.device, tuple(p.shape), type(p))
             for n, p in model.named_parameters()}
+
+
+def _versions(program: Program) -> dict[str, int]:
+    """How often the parameters were changed that buffers of the graph were computed from."""
+    gm, found = program.snapshots["capture"], dict[str, int]()
+    for node in program.graph_module.graph.nodes:
+        for name in node.meta.get("derived", ()):
+            value: Any = gm
+            for part in name.split("."):
+                value = getattr(value, part, None)
+            if isinstance(value, Tensor) and not value.is_inference():
+                found[name] = value._version
+    return found
 
 
 class Optimized(PreTrainedModel):
@@ -155,6 +179,7 @@ class Optimized(PreTrainedModel):
         ids = input_ids if input_ids is not None else given.new_zeros(batch, tokens).long()
         if past == 0:
             self.kvcompile.check_weights(self)
+            self.kvcompile.check_derived()
             if use_cache and inputs_embeds is None:
                 self.kvcompile.verify_on(ids, position_ids, valid)
         with torch.no_grad():

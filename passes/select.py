@@ -41,7 +41,7 @@ class Select:
         nodes = attention_nodes(gm.graph)
         shared = owners(nodes)
         ruled = [i for i, own in enumerate(plan) if own.get(KEEP + "score") and i not in shared
-                 and not argument(nodes[i], "window")]
+                 and not any(argument(nodes[i], n) for n in ("window", "basis", "cos"))]
         for index, node in enumerate(nodes):
             axes = {a: v for a, v in plan[index].values.items() if a in self.axes}
             if KEEP + "score" in axes and index in shared:
@@ -69,6 +69,9 @@ def _rule(node: Node, axes: Mapping[str, Any], index: int, ruled: list[int], own
     if "window" in axes:
         raise RecipeError(f"'{own.origin['window'].name}' and '{term.name}' both say which tokens "
                           "stay; give them different layers=")
+    if argument(node, "basis") is not None or argument(node, "cos") is not None:
+        return Refused(index, "its keys are rebuilt at every read; scores need them as they are",
+                       node.name)
     if window := argument(node, "window"):
         store = Store.of({}, window)
         node.kwargs = cast(Any, {**node.kwargs, "store": str(replace(
