@@ -58,8 +58,8 @@ def table() -> str:
         for line in rest:
             grid.add_row("", "", *line, "")
     return "\n".join([
-        as_text(grid, WIDTH + longest), "", "Every method also takes layers=: a slice such as 2: or "
-        "::2, a layer, or a list of layers.", "Methods are joined by +, as in "
+        as_text(grid, WIDTH + longest), "", "Every method also takes layers=: a slice such as 2: "
+        "or ::2, a layer, or a list of layers.", "Methods are joined by +, as in "
         '"streamingllm(window=512)+kivi(bits=4)".'])
 
 

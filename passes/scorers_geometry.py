@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from kvcompile.kernels.eager import rope
+from kvcompile.kernels.rotary import rope
 from kvcompile.passes.merges import runs
 from kvcompile.passes.scorers_attention import pooled
 from kvcompile.prompt import Prompt
