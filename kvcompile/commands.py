@@ -23,6 +23,7 @@ from kvcompile.evaluate import defaults
 from kvcompile.evaluate import evaluate as evaluated
 from kvcompile.explain import explain as explained
 from kvcompile.generate import timed
+from kvcompile.kernel_table import fallbacks
 from kvcompile.kernel_table import kernels as compiled_kernels
 from kvcompile.method import find_method
 from kvcompile.optimize import optimize
@@ -66,8 +67,8 @@ def explain(args: Namespace) -> None:
     parts = [report.table(), report.memory(args.tokens)]
     if on is not None:
         predicted = Roofline(Step(program, args.batch), on)
-        told["roofline"] = predicted.as_dict()
-        parts += ["", str(predicted)]
+        told["roofline"] = {**predicted.as_dict(), "fallbacks": fallbacks(program)}
+        parts += ["", str(predicted), *fallbacks(program)]
         if args.plot:
             full = Roofline(Step(program.lower("full"), args.batch), on)
             predicted.plot(Path(args.plot), full)
