@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.format import Planes, Side, StepPlane
+from kvcompile.kernels.triton_source import padded
 from kvcompile.kernels.wrapper import Wrapper, total
 from kvcompile.recipe import Term
 
@@ -57,6 +58,17 @@ class Centered(Wrapper):
         """The C++ type that writes the planes; RecipeError if none does."""
         inside = self.inner_writer(dim, dtype, side)
         return f"CenteredWriter<{inside}, {self.cpp(dim, dtype, side)}, {dim}, {self.step}>"
+
+    def triton(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]) -> str:
+        """The tile of decoded numbers (`kernels/triton/wrapper.py`)."""
+        inside = self.inner_triton(dim, dtype, side, planes[:-1])
+        return f"centered({inside}, {planes[-1]}, page, at, N, {dim}, {padded(dim)}, {self.step})"
+
+    def triton_writer(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]
+                      ) -> list[str]:
+        """Statements that store the tile `x`, one step."""
+        return [f"x = center({planes[-1]}, page, at, keep, x, N, {dim}, {padded(dim)})",
+                *self.inner_triton_writer(dim, dtype, side, planes[:-1])]
 
 
 FORMAT = Centered

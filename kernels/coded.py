@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 
 from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE, Planes, Side, StepPlane, term_of
+from kvcompile.kernels.triton_source import padded
 from kvcompile.kernels.values import Values
 
 GROUPS = (16, 32, 64, 128)
@@ -150,6 +151,35 @@ class Coded(ABC):
         flags = ("true" if side == "k" else "false", "true" if self.has_low else "false")
         return (f"CodedWriter<{flags[0]}, {dim}, {self.values.cpp}, {self.cpp_fit}, "
                 f"{self.axis}_axis, {group}, {scale}, {flags[1]}>")
+
+    def triton(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]) -> str:
+        """The tile of decoded numbers (`kernels/triton_source.py`)."""
+        width = padded(dim)
+        codes = f"{side}_codes({planes[0]}, page, at, N, {dim}, {width}, {self.values.bits})"
+        group = self.group if self.axis == "channel" else self._group(dim)
+        return (f"by_{self.axis}({self.values.triton(codes)}, {planes[1]}, {planes[-1]}, page, at, "
+                f"keep, N, {dim}, {width}, {group}, {self.has_low})")
+
+    @property
+    def triton_fit(self) -> str:
+        """What does as `fit` does, of `g` and `inside` along AXIS (`kernels/triton/numbers.py`)."""
+        raise RecipeError(f"format {self.name} has no Triton writer")
+
+    def triton_writer(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]
+                      ) -> list[str]:
+        """Statements that store the tile `x`; RecipeError if none can."""
+        width, where = padded(dim), "page, at, keep"
+        axis, group = (1, self.group) if self.axis == "channel" else (2, self._group(dim))
+        sizes = f"N, {dim}, {width}, {group}"
+        lines = [f"g, inside = group_{self.axis}(x, {sizes})",
+                 f"scale, low = {self.triton_fit.replace('AXIS', str(axis))}",
+                 f"store_{self.axis}({planes[1]}, {where}, scale, {sizes})"]
+        if self.has_low:
+            lines.append(f"store_{self.axis}({planes[2]}, {where}, low, {sizes})")
+        code = self.values.triton_code(f"normal(g, scale, low, {axis}, {self.has_low})")
+        return [*lines, f"codes = {code}",
+                f"{side}_store({planes[0]}, {where}, tl.reshape(codes, (N, {width})), N, {dim}, "
+                f"{width}, {self.values.bits})"]
 
 
 def _normal(x: Tensor, scale: Tensor, low: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvcompile.errors import RecipeError
 from kvcompile.format import Planes, Side, StepPlane
+from kvcompile.kernels.triton_source import padded
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CPP = {torch.bfloat16: "bf16", torch.float16: "half", torch.float32: "float"}
@@ -61,6 +62,21 @@ class Dense:
     def cpp_writer(self, dim: int, dtype: torch.dtype, side: Side) -> str:
         """The C++ type that writes the plane (`kernels/cpp/append.h`)."""
         return f"DenseWriter<{dim}, {CPP[DTYPES.get(self.dtype, dtype)]}>"
+
+    def triton(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]) -> str:
+        """The tile of numbers (`kernels/triton_source.py`)."""
+        return f"dense({planes[0]}, page, at, keep, N, {dim}, {padded(dim)})"
+
+    def triton_member(self, dim: int, members: int, dtype: torch.dtype, side: Side,
+                      planes: list[str]) -> str:
+        """The tile of `dim` channels of one of the `members` that lie side by side."""
+        return (f"dense_member({planes[0]}, member, page, at, keep, N, {dim}, {padded(dim)}, "
+                f"{members})")
+
+    def triton_writer(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]
+                      ) -> list[str]:
+        """Statements that store the tile `x`."""
+        return [f"dense_store({planes[0]}, page, at, keep, x, N, {dim}, {padded(dim)})"]
 
 
 FORMAT = Dense

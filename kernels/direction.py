@@ -9,6 +9,7 @@ from torch import Tensor
 from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE, Planes, Side, StepPlane
 from kvcompile.kernels.dense import CPP
+from kvcompile.kernels.triton_source import padded
 from kvcompile.kernels.wrapper import Wrapper, total
 from kvcompile.recipe import Term
 
@@ -127,6 +128,18 @@ class Direction(Wrapper):
         bits = int(torch.tensor(self.t, dtype=torch.float64).view(torch.int64))
         return (f"DirectionWriter<{inside}, {reader}, {dim // 2}, {self.kept}, {CPP[dtype]}, "
                 f"{bits}ull>")
+
+    def triton_member(self, dim: int, members: int, dtype: torch.dtype, side: Side,
+                      planes: list[str]) -> str:
+        """The tile of `dim` channels of one of two layers (`kernels/triton/wrapper.py`)."""
+        if members != 2:
+            raise RecipeError(f"direction is of two layers, not of {members}")
+        at = len(self.inner.planes(dim, dtype, side))
+        inside = self.inner_triton(dim, dtype, side, planes[:at])
+        length, *rest = planes[at:]
+        place, exact = rest or (length, length)  # unused where no token is kept
+        return (f"direction({inside}, {length}, {place}, {exact}, member, page, at, keep, N, "
+                f"{dim}, {padded(dim)}, {self.kept})")
 
     def limit(self, dtype: torch.dtype) -> float:
         return torch.finfo(torch.float16).max / 32  # a length is at most the root of 1,024 numbers

@@ -50,6 +50,10 @@ class Fp8(Coded):
     def cpp_fit(self) -> str:
         return f"Power<{torch.finfo(FLOATS[self.kind]).max:.0f}>"
 
+    @property
+    def triton_fit(self) -> str:
+        return f"fit_power(g, inside, AXIS, {torch.finfo(FLOATS[self.kind]).max})"
+
     def limit(self, dtype: torch.dtype) -> float:
         return torch.finfo(FLOATS[self.kind]).max * 2.0**100
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvcompile.errors import RecipeError
 from kvcompile.format import Planes, Side
+from kvcompile.kernels.triton_source import padded
 from kvcompile.kernels.wrapper import Wrapper
 from kvcompile.recipe import Term
 
@@ -55,6 +56,21 @@ class Hadamard(Wrapper):
         """The C++ type that writes the planes; RecipeError if none does."""
         inside = self.inner_writer(dim, dtype, side)
         return f"HadamardWriter<{inside}, {self.cpp(dim, dtype, side)}, {dim}>"
+
+    def turn_size(self, dim: int) -> int:
+        """Kernels may turn q, or the output, in blocks of so many channels and read `inner`."""
+        return dim & -dim
+
+    def triton(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]) -> str:
+        """The tile of decoded numbers (`kernels/triton/wrapper.py`)."""
+        inside = self.inner_triton(dim, dtype, side, planes)
+        return f"turn({inside}, N, {padded(dim)}, {self.turn_size(dim)})"
+
+    def triton_writer(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]
+                      ) -> list[str]:
+        """Statements that store the tile `x`."""
+        return [f"x = turn(x, N, {padded(dim)}, {self.turn_size(dim)})",
+                *self.inner_triton_writer(dim, dtype, side, planes)]
 
 
 def turn(x: Tensor) -> Tensor:

@@ -83,6 +83,12 @@ class Int(Coded):
             return f"Peak<{max(2 ** (self.bits - 1) - 1, 1)}>"
         return f"Asymmetric<{self.bits}, {float_bits(self._cut)}u>"
 
+    @property
+    def triton_fit(self) -> str:
+        if self.symmetric:
+            return f"fit_peak(g, inside, AXIS, {max(2 ** (self.bits - 1) - 1, 1)})"
+        return f"fit_range(g, inside, AXIS, {2**self.bits - 1}, {self._cut!r})"
+
     def limit(self, dtype: torch.dtype) -> float:
         return F16_MAX / 2  # low fits fp16, and so does high - low
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvcompile.errors import RecipeError
 from kvcompile.format import Planes, Side, StepPlane
+from kvcompile.kernels.triton_source import padded
 from kvcompile.kernels.wrapper import Wrapper
 from kvcompile.recipe import Term
 
@@ -64,6 +65,12 @@ class Lowrank(Wrapper):
     def cpp(self, dim: int, dtype: torch.dtype, side: Side) -> str:
         """The C++ type that reads the planes (`kernels/cpp/wrapper.h`)."""
         return f"Lowrank<{self.inner_cpp(dim, dtype, side)}, {dim}, {self.step}, {self.rank}>"
+
+    def triton(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]) -> str:
+        """The tile of decoded numbers (`kernels/triton/wrapper.py`)."""
+        inside = self.inner_triton(dim, dtype, side, planes[:-2])
+        return (f"lowrank({inside}, {planes[-2]}, {planes[-1]}, page, at, N, {dim}, {padded(dim)}, "
+                f"{self.step}, {self.rank})")
 
 
 @cache

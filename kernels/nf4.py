@@ -57,6 +57,10 @@ class Nf4(Coded):
     def cpp_fit(self) -> str:
         return "Peak<1>"
 
+    @property
+    def triton_fit(self) -> str:
+        return "fit_peak(g, inside, AXIS, 1)"
+
     def limit(self, dtype: torch.dtype) -> float:
         return F16_MAX
 

@@ -53,6 +53,10 @@ class Nuq(Coded):
     def cpp_fit(self) -> str:
         return "Middle"
 
+    @property
+    def triton_fit(self) -> str:
+        return "fit_middle(g, inside, AXIS)"
+
     def limit(self, dtype: torch.dtype) -> float:
         return F16_MAX / 2
 

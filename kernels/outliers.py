@@ -10,6 +10,7 @@ from torch import Tensor
 from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE, Planes, Side, StepPlane
 from kvcompile.kernels.coded import Coded
+from kvcompile.kernels.triton_source import padded
 from kvcompile.kernels.wrapper import Wrapper, total
 from kvcompile.recipe import Term
 
@@ -102,6 +103,31 @@ class Outliers(Wrapper):
         """The C++ type that writes the planes; RecipeError if none does."""
         inside = self.inner_writer(dim, dtype, side)
         return f"OutliersWriter<{inside}, {self.cpp(dim, dtype, side)}, {self._shape(dim)[2]}>"
+
+    def triton(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]) -> str:
+        """The tile of decoded numbers (`kernels/triton/wrapper.py`)."""
+        _, group, taken = self._shape(dim)
+        inside = self.inner_triton(dim, dtype, side, planes[:-2])
+        return (f"outliers({inside}, {planes[-2]}, {planes[-1]}, page, at, keep, N, {dim}, "
+                f"{padded(dim)}, {group}, {taken}, {self._coded.axis == 'channel'})")
+
+    def triton_writer(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]
+                      ) -> list[str]:
+        """Statements that store the tile `x`; RecipeError if none can."""
+        _, group, taken = self._shape(dim)
+        if group & (group - 1):
+            raise RecipeError(f"the Triton writer needs groups of a power of two, not {group}")
+        coded, width = self._coded, padded(dim)
+        axis = 1 if coded.axis == "channel" else 2
+        sizes = f"{axis}, N, {dim}, {width}, {group}, {taken}"
+        base = f" + tl.expand_dims(number_of(low), {axis})" if coded.has_low else ""
+        return [f"whole_g, _ = group_{coded.axis}(x, N, {dim}, {width}, {group})",
+                f"dense_g, out = take_out(whole_g, {planes[-2]}, page, at, keep, {sizes})",
+                f"x = tl.reshape(dense_g, (N, {width}))",
+                *self.inner_triton_writer(dim, dtype, side, planes[:-2]),
+                f"stored = {coded.values.triton('codes')} * "
+                f"tl.expand_dims(number_of(scale), {axis}){base}",
+                f"store_rest({planes[-1]}, page, at, keep, whole_g - stored, out, {sizes})"]
 
 
 FORMAT = Outliers

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvcompile.format import Planes, Side, StepPlane
 from kvcompile.kernels.int_group import round_up
+from kvcompile.kernels.triton_source import padded
 from kvcompile.kernels.wrapper import Wrapper
 from kvcompile.recipe import Term
 
@@ -59,6 +60,17 @@ class Scaled(Wrapper):
         """The C++ type that writes the planes; RecipeError if none does."""
         inside = self.inner_writer(dim, dtype, side)
         return f"ScaledWriter<{inside}, {self.cpp(dim, dtype, side)}, {dim}, {self.step}>"
+
+    def triton(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]) -> str:
+        """The tile of decoded numbers (`kernels/triton/wrapper.py`)."""
+        inside = self.inner_triton(dim, dtype, side, planes[:-1])
+        return f"scaled({inside}, {planes[-1]}, page, at, N, {dim}, {padded(dim)}, {self.step})"
+
+    def triton_writer(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]
+                      ) -> list[str]:
+        """Statements that store the tile `x`, one step."""
+        return [f"x = scale_down({planes[-1]}, page, at, keep, x, N, {dim}, {padded(dim)})",
+                *self.inner_triton_writer(dim, dtype, side, planes[:-1])]
 
 
 FORMAT = Scaled

@@ -34,6 +34,12 @@ class Whole:
     def cpp(self) -> str:
         return f"Whole<{self.bits}, {self.offset}>"
 
+    def triton(self, codes: str) -> str:
+        return f"whole({codes}, {self.offset})"
+
+    def triton_code(self, x: str) -> str:
+        return f"whole_code({x}, {self.bits}, {self.offset})"
+
 
 @dataclass(frozen=True)
 class Float8:
@@ -59,6 +65,12 @@ class Float8:
     @property
     def cpp(self) -> str:
         return f"Float8<{'4' if self.kind == 'e4m3' else '5'}>"
+
+    def triton(self, codes: str) -> str:
+        return f"float8({codes}, {self.kind[1]})"
+
+    def triton_code(self, x: str) -> str:
+        return f"float8_code({x}, {self.kind[1]}, {torch.finfo(FLOATS[self.kind]).max})"
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,16 @@ class Table:
     def cpp(self) -> str:
         numbers = (self.numbers * 16)[:16]  # a short table is repeated: higher bits do not matter
         return "Table<" + f"{self.bits}, " + ", ".join(f"{float_bits(x)}u" for x in numbers) + ">"
+
+    def triton(self, codes: str) -> str:
+        numbers = ", ".join(repr(x) for x in torch.tensor(self.numbers).tolist())
+        return f"table{len(self.numbers)}({codes}, {numbers})"
+
+    def triton_code(self, x: str) -> str:
+        table = torch.tensor(self.numbers)
+        middles = ((table[1:] + table[:-1]) / 2).tolist()
+        return f"above({x}, {middles[0]!r})" + "".join(
+            f" + above({x}, {m!r})" for m in middles[1:])
 
 
 def float_bits(x: float) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE, Format, Planes, Side, StepPlane, format_of, term_of
+from kvcompile.kernels.triton_source import of
 from kvcompile.recipe import Term, parse_term
 
 
@@ -80,6 +81,15 @@ class Wrapper(ABC):
         if not hasattr(self.inner, "cpp_writer"):
             raise RecipeError(f"format {self.inner.name} has no C++ writer")
         return str(self.inner.cpp_writer(dim, dtype, side))
+
+    def inner_triton(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]) -> str:
+        """The tile of the format inside; RecipeError if it has none."""
+        return str(of(self.inner, "triton", "reader")(dim, dtype, side, planes))
+
+    def inner_triton_writer(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]
+                            ) -> list[str]:
+        """What stores `x` in the format inside; RecipeError if nothing does."""
+        return list(of(self.inner, "triton_writer", "writer")(dim, dtype, side, planes))
 
 
 def total(x: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ _here = Path(__file__).resolve().parent
 if not (_here / "passes").is_dir():  # a checkout: passes/, kernels/ and models/ lie beside us
     __path__.append(str(_here.parent))
 
+from kvcompile.artefacts import Calibration  # noqa: E402
 from kvcompile.cache import KVCache  # noqa: E402
+from kvcompile.calibrate import calibrate, load, save  # noqa: E402
 from kvcompile.errors import (  # noqa: E402
     CacheFullError,
     KVCompileError,
@@ -24,5 +26,6 @@ for _name in ("eager", "hosted", "linear"):  # they register the bodies of the k
     _module("kernels", _name)
 
 __version__ = "0.1.0"
-__all__ = ["CacheFullError", "KVCache", "KVCompileError", "Program", "Recipe", "RecipeError",
-           "Report", "UnsupportedModelError", "capture", "explain", "methods", "optimize"]
+__all__ = ["CacheFullError", "Calibration", "KVCache", "KVCompileError", "Program", "Recipe",
+           "RecipeError", "Report", "UnsupportedModelError", "calibrate", "capture", "explain",
+           "load", "methods", "optimize", "save"]

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcompile.calibration import Samples, calibrated
+from kvcompile.calibration import Samples, Text, calibrated, checked
 from kvcompile.errors import KVCompileError
 from kvcompile.format import bits_per_element
 from kvcompile.optimize import Optimized
 from kvcompile.plan import plan
 from kvcompile.program import capture
 from kvcompile.recipe import Recipe
-from kvcompile.store import SIDES, Store
+from kvcompile.store import AXES, SIDES, Store
 from kvcompile.stored_attention import attend, relative
 
 
@@ -48,11 +48,13 @@ def attention_error(model: PreTrainedModel, ids: Tensor, recipes: Sequence[str |
     layers = Samples(program.snapshots["capture"], ids.to(model.device)).attention
     context = ids.shape[1] - queries
     exact = [attend(sample, Store.parse("store"), context) for sample in layers]
-    out = []
+    text, out = Text(program, None if calibration is None else checked(calibration)), []
     for recipe in recipes:
-        settings = plan(calibrated(Recipe.parse(recipe), program, calibration), len(layers))
+        settings = plan(calibrated(Recipe.parse(recipe), program, text), len(layers))
         errors, bits = [], 0.0
         for own, sample, o in zip(settings, layers, exact, strict=True):
+            if beyond := sorted(own.values.keys() - set(AXES)):
+                raise KVCompileError(f"{recipe}: {beyond[0]} changes the model, not storage alone")
             store = Store.of(own.values, sample.window)
             errors.append(relative(attend(sample, store, context), o))
             for side, x in zip(SIDES, (sample.k, sample.v), strict=True):

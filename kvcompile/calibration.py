@@ -121,14 +121,28 @@ class _Attention(Interpreter):
         return causal(q, k, v, sample.scale, sample.window, sample.softcap, sample.sinks)
 
 
+class Text:
+    """Token ids [texts, tokens] that passes may read (a graph's `meta["text"]`): `given`, or what
+    the model writes for itself when it is first asked for."""
+
+    def __init__(self, program: Program, given: Tensor | None = None) -> None:
+        self.program, self.ids = program, given
+
+    def __call__(self) -> Tensor:
+        if self.ids is None:
+            self.ids = own_text(self.program)
+        return self.ids
+
+
 def uncalibrated(recipe: Recipe) -> bool:
     """Whether a term lacks what calibration finds. Raises RecipeError for one that cannot be."""
     return any([find_method(t).uncalibrated(find_method(t).bind(t)) for t in recipe.terms])
 
 
-def calibrated(recipe: Recipe, program: Program, ids: Tensor | None = None) -> Recipe:
+def calibrated(recipe: Recipe, program: Program, ids: Tensor | Text | None = None) -> Recipe:
     """`recipe` with every parameter that calibration on `ids` finds; of the model's own text if
     None. A recipe that lacks none is returned as it is, and nothing is run."""
+    text = ids if isinstance(ids, Text) else Text(program, None if ids is None else checked(ids))
     samples: Samples | None = None
     terms: list[Term] = []
     for term in recipe.terms:
@@ -136,11 +150,12 @@ def calibrated(recipe: Recipe, program: Program, ids: Tensor | None = None) -> R
         bound = method.bind(term)
         if method.calibrate and method.uncalibrated(bound):
             gm = program.snapshots["capture"]
-            samples = samples or Samples(gm, own_text(program) if ids is None else _checked(ids))
+            samples = samples or Samples(gm, text())
             layers = claimed_layers(term, bound["layers"], len(samples.layers))
             found = method.calibrate(bound, samples.of(layers))
-            new = tuple((name, value) for name, value in found.items() if bound[name] is None)
-            term = Term(term.name, term.args + new)
+            new = {name: value for name, value in found.items() if bound[name] is None}
+            given = tuple((name, value) for name, value in term.args if name not in new)
+            term = Term(term.name, given + tuple(new.items()))
         terms.append(term)
     return Recipe(tuple(terms)) if samples else recipe
 
@@ -172,7 +187,8 @@ def own_text(program: Program, rows: int = ROWS, tokens: int = TOKENS, seed: int
     return text.to(device)
 
 
-def _checked(ids: Tensor) -> Tensor:
+def checked(ids: Tensor) -> Tensor:
+    """`ids` [texts, tokens]; KVCompileError for anything else, or fewer than 64 tokens."""
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or (
             ids.shape[0] < 1 or ids.shape[1] < 2 * 32):
         raise KVCompileError("calibration must be token ids [texts, tokens] of at least 64 tokens, "

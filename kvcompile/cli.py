@@ -1,4 +1,4 @@
-"""The command line: kvcompile run | explain | recipes | bench | eval; errors are one line."""
+"""The command line: run | explain | recipes | bench | eval | kernels; errors are one line."""
 
 import argparse
 import logging
@@ -81,7 +81,7 @@ def _share(text: str) -> float:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="kvcompile", description="A compiler for the KV cache of causal LMs.")
     add = parser.add_subparsers(dest="command", required=True,
-                                metavar="run | explain | recipes | bench | eval")
+                                metavar="run | explain | recipes | bench | eval | kernels")
 
     run = add.add_parser("run", help="generate text with a compressed cache")
     _model(run)
@@ -137,6 +137,12 @@ def _parser() -> argparse.ArgumentParser:
     scores.add_argument("--no-compile", action="store_true", help="run the decode graph eagerly")
     scores.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     scores.set_defaults(function=commands.evaluate)
+    kernels = add.add_parser("kernels", help="the GPU kernels of a recipe, compiled without a GPU")
+    _model(kernels)
+    kernels.add_argument("--target", nargs="+", default=["cuda:90"], metavar="T",
+                         help=f"of {', '.join(commands.TARGETS)} (cuda:90)")
+    kernels.add_argument("--out", metavar="FOLDER", help="write sources, PTX and cubins there")
+    kernels.set_defaults(function=commands.kernels)
     return parser
 
 

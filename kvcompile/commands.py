@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from kvcompile import bench as benchmark
 from kvcompile import catalog
 from kvcompile import demo as demonstration
+from kvcompile.backend import offline
+from kvcompile.backend.offline import TARGETS as TARGETS
 from kvcompile.baseline import uncompressed
 from kvcompile.bench import GROUPS as GROUPS
 from kvcompile.bench.settings import Settings
@@ -21,8 +23,10 @@ from kvcompile.evaluate import defaults
 from kvcompile.evaluate import evaluate as evaluated
 from kvcompile.explain import explain as explained
 from kvcompile.generate import timed
+from kvcompile.kernel_table import kernels as compiled_kernels
 from kvcompile.method import find_method
 from kvcompile.optimize import optimize
+from kvcompile.program import capture
 from kvcompile.prose import prose
 from kvcompile.recipe import Recipe
 from kvcompile.registry import module
@@ -112,6 +116,19 @@ def evaluate(args: Namespace) -> None:
     result = evaluated(model, text, args.context, args.recipes or defaults(RECIPE),
                        name=args.model, lenient=not args.recipes, compile=not args.no_compile)
     _print(args, result.as_dict(), lambda: str(result))
+
+
+def kernels(args: Namespace) -> None:
+    """`kvcompile kernels`: what the kernels of a decode step take on each target."""
+    _check(args.recipe)
+    for target in args.target:
+        offline.check(target)
+    model, _ = _load(args)
+    with progress("compiling"):
+        found = compiled_kernels(capture(model, args.recipe), args.target)
+    if args.out:
+        found.write(Path(args.out))
+    _print(args, found.as_dict(), lambda: str(found))
 
 
 def _print(args: Namespace, data: Any, text: Any) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Axes: TypeAlias = Mapping[str, Value]
 
+CALIBRATED = "calibrated"  # asks for what calibration finds where a parameter has a default
+
 _KINDS = {
     bool: "true or false",
     int: "a whole number",
@@ -38,7 +40,8 @@ class Param:
     maximum: float | None = None
     multiple_of: int | str | None = None  # a str names another parameter
     help: str = ""
-    calibrated: bool = False  # a list that the method's `calibrate` finds where it is None
+    calibrated: bool = False  # a list that the method's `calibrate` finds where it is None, or
+    # named `calibrated`
 
     @property
     def kind(self) -> type | None:
@@ -47,8 +50,11 @@ class Param:
         known = (self.default, self.minimum, self.maximum, *(self.choices or ()))
         return next((type(value) for value in known if value is not None), None)
 
-    def coerce(self, value: Value) -> Value:
-        """`value` in the parameter's type where nothing is lost: int to float, name to term."""
+    def coerce(self, value: Value) -> Value | None:
+        """`value` in the parameter's type where nothing is lost: int to float, name to term. What
+        is to be `calibrated` is None."""
+        if self.calibrated and value == CALIBRATED:
+            return None
         if self.kind is float and type(value) is int:
             return float(value)
         return Term(value) if self.kind is Term and isinstance(value, str) else value

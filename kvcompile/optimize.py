@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from kvcompile.artefacts import Calibration
 from kvcompile.audit import Audit, audit
 from kvcompile.backend.inductor import check_compiler
 from kvcompile.cache import KVCache
@@ -25,15 +26,16 @@ log = logging.getLogger(__name__)
 def optimize(model: PreTrainedModel, recipe: str | Recipe = "kivi(bits=4)", *,
              max_length: int | None = None, compile: bool = True,
              prefill_chunk: int | None = None,
-             calibration: Tensor | None = None, verify: bool = False) -> PreTrainedModel:
+             calibration: Tensor | Calibration | None = None,
+             verify: bool = False) -> PreTrainedModel:
     """A model of the same class family that shares `model`'s weights; K and V stored by `recipe`.
 
     max_length     tokens for which every cache is allocated in advance; more raise CacheFullError
     compile        compile the decode step with Inductor (else run the same graph eagerly)
     prefill_chunk  tokens of a prompt that are processed at a time; later chunks read what earlier
                    ones stored
-    calibration    token ids [texts, tokens] for methods that look at text first, such as kvtuner;
-                   without it the model writes some for itself, with a fixed seed
+    calibration    token ids [texts, tokens] for what looks at text first, such as kvtuner, or what
+                   `calibrate` found; without it the model writes some text, with a fixed seed
     verify         check the laws (docs/laws.md) on the first prompt: its last tokens are decoded
                    and each layer's attention is compared with the oracle in fp64; the result is
                    `.kvcompile.audit`, or a LawError that names layer, store and kernel. Takes
@@ -49,6 +51,8 @@ def optimize(model: PreTrainedModel, recipe: str | Recipe = "kivi(bits=4)", *,
             raise KVCompileError(f"{name}={value!r}: must be a positive whole number")
     if compile:
         check_compiler()
+    if isinstance(calibration, Calibration):
+        recipe, calibration = calibration.of(recipe, model), calibration.ids
     if isinstance(model, Optimized):
         model.kvcompile.check_weights(model)
         base, program = model.kvcompile.model, model.kvcompile.program.lower(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
-from kvcompile.calibration import calibrated, uncalibrated
+from kvcompile.calibration import Text, calibrated, checked, uncalibrated
 from kvcompile.capture import export
 from kvcompile.capture_module import export_module
 from kvcompile.errors import KVCompileError, nearest
@@ -49,6 +49,12 @@ class Program:
         """The layers that share one set of planes, by number; a layer's slot is its index there."""
         return groups(self.sites)
 
+    @property
+    def text(self) -> Tensor | None:
+        """The token ids that passes read or were given; None if none have been asked for."""
+        text: Text | None = self.graph_module.meta.get("text")
+        return None if text is None else text.ids
+
     def __str__(self) -> str:
         return text(self.graph_module, f"kvcompile {self.name}, recipe: {self.recipe}")
 
@@ -70,10 +76,13 @@ class Program:
         `watch(pass, graph, outcomes, seconds)` is called after each pass. `calibration` is token
         ids for methods that look at text first; what they find is in the result's `recipe`.
         """
-        recipe = calibrated(Recipe.parse(recipe), self, calibration)
         start = self.snapshots["capture"]
+        text = (start.meta.setdefault("text", Text(self)) if calibration is None
+                else Text(self, checked(calibration)))
+        recipe = calibrated(Recipe.parse(recipe), self, text)
         out = Program(self.name, copy_graph(start), recipe, snapshots={"capture": start},
                       seconds={"capture": self.seconds["capture"]})
+        out.graph_module.meta["text"] = text
         settings = plan(recipe, len(attention_nodes(start.graph)))
         check_axes(settings)
 

@@ -126,4 +126,6 @@ def copy_graph(gm: GraphModule) -> GraphModule:
     graph.output(output)
     for old, new in zip(gm.graph.nodes, graph.nodes, strict=True):
         new.meta = dict(old.meta)
-    return GraphModule(gm, graph)
+    copied = GraphModule(gm, graph)
+    copied.meta.update(gm.meta)
+    return copied

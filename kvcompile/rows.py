@@ -143,6 +143,7 @@ def _effects(program: Program, recipe: Recipe) -> list[list[str]]:
     """Per layer, what each pass says of it under `recipe`, and its storage at the end."""
     start = program.snapshots["capture"]
     gm = copy_graph(start)
+    gm.meta.update(program.graph_module.meta)
     told: list[list[str]] = [[] for _ in attention_nodes(gm.graph)]
 
     def note(p: Pass, _: GraphModule, outcomes: list[Outcome], __: float) -> None:

@@ -1,16 +1,21 @@
 """Methods that store two layers as one: axes `merge`, `merge.t`, `merge.kept`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import networkx
+from torch import Tensor
+
+from kvcompile.calibration import Samples
 from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE
 from kvcompile.method import Axes, Method, Param
+from kvcompile.similarity import similarity
 
 
 def _minicache(p: Mapping[str, Any]) -> list[Axes]:
     layers = p["layers"]
-    pairs = p["pairs"] or neighbours(layers, p["start"])
+    pairs = p["pairs"] or neighbours(free(layers, p["start"]))
     if any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
         raise RecipeError(f"pairs={pairs}: must be a list of lists of two layers")
     other = {a: b for pair in pairs for a, b in (pair, pair[::-1])}
@@ -22,11 +27,34 @@ def _minicache(p: Mapping[str, Any]) -> list[Axes]:
     return [{"merge": other[i], **options} if i in other else {} for i in layers]
 
 
-def neighbours(layers: tuple[int, ...], start: float) -> tuple[tuple[int, int], ...]:
-    """Pairs of neighbouring layers, from the last one back to the share `start` of all."""
-    free = layers[round(start * len(layers)) :]
-    free = free[len(free) % 2 :]
-    return tuple(zip(free[::2], free[1::2], strict=True))
+def free(layers: Sequence[int], start: float) -> Sequence[int]:
+    """The layers after the share `start` of all."""
+    return layers[round(start * len(layers)) :]
+
+
+def neighbours(layers: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Pairs of neighbouring layers, from the last one back."""
+    layers = layers[len(layers) % 2 :]
+    return tuple(zip(layers[::2], layers[1::2], strict=True))
+
+
+def matched(layers: Sequence[int], alike: Tensor) -> tuple[tuple[int, int], ...]:
+    """The pairs of layers whose similarities have the largest sum, of as many as there can be:
+    `alike` [layers, layers], NaN for those that cannot be merged."""
+    graph = networkx.Graph()
+    for i, a in enumerate(layers):
+        for j, b in enumerate(layers[:i]):
+            if not alike[i, j].isnan():
+                graph.add_edge(b, a, weight=float(alike[i, j]))
+    pairs = networkx.max_weight_matching(graph, maxcardinality=True)
+    return tuple(sorted((min(pair), max(pair)) for pair in pairs))
+
+
+def _calibrate(p: Mapping[str, Any], samples: Samples) -> Axes:
+    layers = free(samples.layers, p["start"])
+    seen = samples.of(layers).attention
+    alike = sum((similarity(seen, side) for side in "kv"), start=0 * similarity(seen, "k"))
+    return {"pairs": matched(layers, alike)}
 
 
 METHODS = (Method(
@@ -41,9 +69,11 @@ METHODS = (Method(
               "earlier (0) and the later layer (1)"),
         Param("retained", 0.05, minimum=0, maximum=1, help="share of each 128 tokens, those whose "
               "vectors differ most in angle, that stay unmerged"),
-        Param("pairs", (), help="pairs of layers to merge; neighbours unless given"),
+        Param("pairs", (), calibrated=True, help="pairs of layers to merge; neighbours unless "
+              "given or calibrated, which matches layers by the cosines of their K and V"),
     ),
     axes=_minicache,
+    calibrate=_calibrate,
     note="neighbours from the last layer back to the middle, per kv head, K and V by themselves; "
     "retained tokens are a fixed share of each block, in the paper those beyond a share of the "
     "largest distance",

@@ -124,9 +124,10 @@ def test_mistakes_are_one_line(argv: list[str], line: str,
      "kvcompile bench: argument --markdown: not allowed with argument --json"),
     (["eval", "--context", "-1"],
      "kvcompile eval: argument --context: '-1' is not a positive whole number"),
-    (["frob"], "kvcompile: argument run | explain | recipes | bench | eval: invalid choice: 'frob' "
-     "(choose from 'run', 'explain', 'recipes', 'bench', 'eval')"),
-    ([], "kvcompile: the following arguments are required: run | explain | recipes | bench | eval"),
+    (["frob"], "kvcompile: argument run | explain | recipes | bench | eval | kernels: invalid "
+     "choice: 'frob' (choose from 'run', 'explain', 'recipes', 'bench', 'eval', 'kernels')"),
+    ([], "kvcompile: the following arguments are required: run | explain | recipes | bench | eval "
+     "| kernels"),
 ])
 def test_bad_arguments_are_one_line(argv: list[str], line: str,
                                     capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Layers whose tokens are merged when they are stored: the merge, decoding, graphs, bytes."""
 
 import math
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ from support import greedy, optimized, plain, prompt
 from transformers import AttentionInterface
 
 import kvcompile
+from kvcompile.calibration import Samples
 from kvcompile.errors import KVCompileError, RecipeError
 from kvcompile.kernels.direction import Direction
 from kvcompile.models.tiny import tiny
-from kvcompile.passes.methods_merge import neighbours
+from kvcompile.passes.methods_merge import free, matched, neighbours
 from kvcompile.plan import plan
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -188,11 +190,40 @@ def test_explain_says_what_became_of_the_layers():
 
 
 def test_the_pairs():
-    assert neighbours(tuple(range(30)), 0.5) == tuple((i, i + 1) for i in range(16, 30, 2))
-    assert neighbours(tuple(range(32)), 0.5) == tuple((i, i + 1) for i in range(16, 32, 2))
-    assert neighbours((4, 5, 6), 0) == ((5, 6),)
+    for layers in (30, 32):
+        pairs = tuple((i, i + 1) for i in range(16, layers, 2))
+        assert neighbours(free(range(layers), 0.5)) == pairs
+    assert neighbours((4, 5, 6)) == ((5, 6),)
     axes = plan("minicache(layers=2:)", 8)
     assert [p.get("merge") for p in axes] == [None] * 6 + [7, 6]
+
+
+def test_calibrated_pairs_are_the_best_matching():
+    g = torch.Generator().manual_seed(0)
+    alike = torch.rand(6, 6, generator=g)
+    alike = alike + alike.mT
+    alike[0, 1] = alike[1, 0] = torch.nan
+    layers = [3, 4, 5, 8, 9, 11]
+    best = max((alike[a[0], a[1]] + alike[b[0], b[1]] + alike[c[0], c[1]], {a, b, c})
+               for a, b, c in combinations(combinations(range(6), 2), 3)
+               if len({*a, *b, *c}) == 6 and (0, 1) not in (a, b, c))[1]
+    assert set(matched(layers, alike)) == {(layers[i], layers[j]) for i, j in best}
+    program = optimized("llama").kvcompile.program
+    ids = prompt(80, 2)
+    found = program.lower("minicache(start=0, pairs=calibrated)", calibration=ids)
+    pairs = found.recipe.terms[0].get("pairs")
+    seen = Samples(program.snapshots["capture"], ids).attention
+    cosine = torch.nn.functional.cosine_similarity
+    by_hand = {frozenset(pair): sum(float(cosine(x, y, dim=-1).mean()) for x, y in
+                                    ((seen[pair[0]].k, seen[pair[1]].k),
+                                     (seen[pair[0]].v, seen[pair[1]].v)))
+               for pair in combinations(range(4), 2)}
+    want = max(([(0, 1), (2, 3)], [(0, 2), (1, 3)], [(0, 3), (1, 2)]),
+               key=lambda both: sum(by_hand[frozenset(pair)] for pair in both))
+    assert sorted(pairs) == want
+    assert [s.members for s in found.sites] == [next(p for p in want if i in p) for i in range(4)]
+    default = program.lower("minicache", calibration=ids)
+    assert str(default.recipe) == "minicache", "nothing was asked for"
 
 
 def test_a_compiled_step_gives_the_same_tokens():

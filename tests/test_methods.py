@@ -57,7 +57,7 @@ def test_every_method(method: Method) -> None:
             "layers": Slice(),
         }
     )
-    if method.calibrate:
+    if method.uncalibrated(method.bind(Term(method.name))):
         assert "comes from calibration" in refusal(method.name)
     else:
         assert plan(str(written), 3) == plan(method.name, 3)

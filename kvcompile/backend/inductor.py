@@ -36,6 +36,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 
 import kvcompile.backend.kernels  # noqa: F401  # what ops are lowered to
+from kvcompile.backend import gpu
 from kvcompile.backend.template import cache_key
 from kvcompile.errors import KVCompileError
 from kvcompile.ir import INLINED
@@ -49,6 +50,7 @@ def compile_graph(gm: GraphModule, inputs: Sequence[Tensor],
     Dynamic dims of equal size in `inputs` are one symbol: they must always be equal.
     It trusts its caller with the other sizes: checking hundreds of tensors takes a millisecond.
     """
+    gpu.lower(gm, inputs[0].device)
     if all(x.device.type == "cpu" for x in inputs):
         Thread(target=pick_vec_isa).start()  # meanwhile the graph is traced
     env = ShapeEnv(duck_shape=True)

@@ -1,0 +1,221 @@
+# mypy: ignore-errors
+"""Formats around a format (kernels/wrapper.py): what they do to a tile [N, DP] of fp32 numbers."""
+
+import triton
+import triton.language as tl
+
+from kvcompile.kernels.triton.coded import channel_scale
+from kvcompile.kernels.triton.numbers import round_up
+
+
+@triton.jit
+def turn(x, N: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr):
+    """H x in blocks of SIZE channels: log2(SIZE) steps of sums and differences of neighbours."""
+    BLOCKS: tl.constexpr = DP // SIZE
+    rest: tl.constexpr = SIZE
+    for step in tl.static_range(10):
+        if (1 << step) < SIZE:
+            a, b = tl.split(tl.reshape(x, (N, BLOCKS, SIZE // 2, 2)))
+            x = tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2))
+    ROOT: tl.constexpr = rest ** 0.5
+    return tl.div_rn(tl.reshape(x, (N, DP)), ROOT)
+
+
+@triton.jit
+def total(x, N: tl.constexpr, DP: tl.constexpr):
+    """The sum over x's N tokens, half of them added to the other half: [DP]."""
+    for step in tl.static_range(7):
+        if (N >> step) > 1:
+            x = tl.sum(tl.reshape(x, (2, N >> (step + 1), DP)), 0)
+    return tl.reshape(x, (DP,))
+
+
+@triton.jit
+def centered(x, mean, page, at, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+             STEP: tl.constexpr):
+    """x + mean, a mean of STEP tokens of each channel."""
+    ROWS: tl.constexpr = N // STEP if N > STEP else 1
+    m = channel_scale(mean, page, at, N, D, DP, STEP)[:, None, :]
+    return tl.reshape(tl.reshape(x, (ROWS, N // ROWS, DP)) + m, (N, DP))
+
+
+@triton.jit
+def store_row(plane, page, at, keep, x, D: tl.constexpr, DP: tl.constexpr, STEP: tl.constexpr):
+    """x [DP], a number of each channel of the step of token `at`."""
+    c = tl.arange(0, DP)
+    kept = tl.max(keep.to(tl.int32), 0) > 0
+    tl.store(plane + page * (128 // STEP * D) + at // STEP * D + c, x, mask=(c < D) & kept)
+
+
+@triton.jit
+def center(plane, page, at, keep, x, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """Store the mean of x's N tokens; x without it."""
+    mean = (total(x, N, DP) / N).to(tl.float16)
+    store_row(plane, page, at, keep, mean, D, DP, N)
+    return x - mean.to(tl.float32)[None, :]
+
+
+@triton.jit
+def scaled(x, channel, page, at, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+           STEP: tl.constexpr):
+    """x times a scale of each channel of STEP tokens."""
+    ROWS: tl.constexpr = N // STEP if N > STEP else 1
+    s = channel_scale(channel, page, at, N, D, DP, STEP)[:, None, :]
+    return tl.reshape(tl.reshape(x, (ROWS, N // ROWS, DP)) * s, (N, DP))
+
+
+@triton.jit
+def scale_down(plane, page, at, keep, x, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """Store the root of each channel's peak in x's N tokens; x in units of it."""
+    scale = round_up(tl.sqrt_rn(tl.max(tl.abs(x), 0)))
+    scale = tl.maximum(scale.to(tl.float32), 0.000244140625)
+    store_row(plane, page, at, keep, scale.to(tl.float16), D, DP, N)
+    return tl.div_rn(x, tl.broadcast_to(scale[None, :], x.shape))
+
+
+@triton.jit
+def lowrank(x, a, b, page, at, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+            STEP: tl.constexpr, RANK: tl.constexpr):
+    """x + a b: in a page, a [128 / STEP][RANK][STEP] and b [128 / STEP][RANK][D]."""
+    ROWS: tl.constexpr = N // STEP if N > STEP else 1
+    t = at + tl.arange(0, N)
+    row = at // STEP + tl.arange(0, ROWS)[:, None]
+    c = tl.arange(0, DP)[None, :]
+    x = tl.reshape(x, (ROWS, N // ROWS, DP))
+    for r in tl.static_range(RANK):
+        left = tl.load(a + page * (128 * RANK) + (t // STEP * RANK + r) * STEP + t % STEP)
+        right = tl.load(b + page * (128 // STEP * RANK * D) + (row * RANK + r) * D + c,
+                        mask=c < D, other=0.0)
+        left = tl.reshape(left.to(tl.float32), (ROWS, N // ROWS, 1))
+        x += left * right.to(tl.float32)[:, None, :]
+    return tl.reshape(x, (N, DP))
+
+
+@triton.jit
+def direction(e, length, place, exact, member, page, at, keep, N: tl.constexpr, D: tl.constexpr,
+              DP: tl.constexpr, KEPT: tl.constexpr):
+    """e times the length of one of two vectors, but for KEPT tokens that are stored as they were.
+
+    In a page: length [2][128], place [KEPT], exact [2][KEPT][D].
+    """
+    t = at + tl.arange(0, N)
+    size = tl.load(length + page * 256 + member * 128 + t, mask=keep, other=0.0)
+    x = e * size.to(tl.float32)[:, None]
+    c = tl.arange(0, DP)
+    for r in tl.static_range(KEPT):
+        p = tl.load(place + page * KEPT + r).to(tl.int32)
+        row = tl.load(exact + ((page * 2 + member) * KEPT + r) * D + c, mask=c < D, other=0.0)
+        x = tl.where((t == p)[:, None], row.to(tl.float32)[None, :], x)
+    return x
+
+
+# Outliers. In a page: by channel [128 / GROUP][D][TAKEN], by token [D / GROUP][TAKEN][128].
+
+@triton.jit
+def outlier_place(at, r, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+                  GROUP: tl.constexpr, TAKEN: tl.constexpr, CHANNEL: tl.constexpr):
+    """Where number r of each group lies, [groups.., 1, ..]; the group's axis has size 1."""
+    if CHANNEL:
+        ROWS: tl.constexpr = N // GROUP if N > GROUP else 1
+        step = at // GROUP + tl.arange(0, ROWS)[:, None, None]
+        c = tl.arange(0, DP)[None, None, :]
+        return (step * D + c) * TAKEN + r, c < D
+    else:
+        GROUPS: tl.constexpr = 1 if GROUP == D else DP // GROUP
+        t = at + tl.arange(0, N)[:, None, None]
+        g = tl.arange(0, GROUPS)[None, :, None]
+        return (g * TAKEN + r) * 128 + t, g < D // GROUP
+
+
+@triton.jit
+def outliers(x, place, rest, page, at, keep, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+             GROUP: tl.constexpr, TAKEN: tl.constexpr, CHANNEL: tl.constexpr):
+    """x + what its groups' outliers miss."""
+    if CHANNEL:
+        ROWS: tl.constexpr = N // GROUP if N > GROUP else 1
+        PAGE_SIZE: tl.constexpr = 128 // GROUP * D * TAKEN
+        x = tl.reshape(x, (ROWS, N // ROWS, DP))
+        index = ((at + tl.arange(0, N // ROWS)) % GROUP)[None, :, None]
+        valid = tl.full((1, 1, 1), 1, tl.int1)
+    else:
+        GROUPS: tl.constexpr = 1 if GROUP == D else DP // GROUP
+        PAGE_SIZE: tl.constexpr = D // GROUP * TAKEN * 128
+        x = tl.reshape(x, (N, GROUPS, DP // GROUPS))
+        index = tl.arange(0, DP // GROUPS)[None, None, :]
+        valid = keep[:, None, None]
+    for r in tl.static_range(TAKEN):
+        where, inside = outlier_place(at, r, N, D, DP, GROUP, TAKEN, CHANNEL)
+        inside = inside & valid
+        p = tl.load(place + page * PAGE_SIZE + where, mask=inside, other=255).to(tl.int32)
+        y = tl.load(rest + page * PAGE_SIZE + where, mask=inside, other=0.0).to(tl.float32)
+        x += tl.where(index == p, y, 0.0)
+    return tl.reshape(x, (N, DP))
+
+
+@triton.jit
+def group_sum(x, AXIS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
+    """The sum of x [A, B, C] over AXIS, kept, halves added to halves."""
+    for step in tl.static_range(7):
+        if AXIS == 1:
+            if (B >> step) > 1:
+                x = tl.sum(tl.reshape(x, (A, 2, B >> (step + 1), C)), 1)
+        else:
+            if (C >> step) > 1:
+                x = tl.sum(tl.reshape(x, (A, B, 2, C >> (step + 1))), 2)
+    return x
+
+
+@triton.jit
+def take_out(g, place, page, at, keep, AXIS: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+             DP: tl.constexpr, GROUP: tl.constexpr, TAKEN: tl.constexpr):
+    """Store where the TAKEN numbers farthest from the mean of each group lie; g with the mean of
+    the others in their place."""
+    CHANNEL: tl.constexpr = AXIS == 1
+    A: tl.constexpr = g.shape[0]
+    B: tl.constexpr = g.shape[1]
+    C: tl.constexpr = g.shape[2]
+    PAGE_SIZE: tl.constexpr = 128 // GROUP * D * TAKEN if CHANNEL else D // GROUP * TAKEN * 128
+    if CHANNEL:
+        index = tl.arange(0, GROUP)[None, :, None]
+        kept = tl.reshape(tl.max(tl.reshape(keep.to(tl.int32), (A, GROUP)), 1), (A, 1, 1)) > 0
+    else:
+        index = tl.arange(0, GROUP)[None, None, :]
+        kept = keep[:, None, None]
+    index = tl.broadcast_to(index, g.shape)
+    far = tl.abs(g - group_sum(g, AXIS, A, B, C) / GROUP)
+    out = tl.zeros(g.shape, tl.int32)
+    for _ in tl.static_range(TAKEN):
+        far = tl.where(out != 0, -1.0, far)
+        peak = tl.max(far, AXIS, keep_dims=True)
+        best = tl.min(tl.where(far == peak, index, GROUP), AXIS, keep_dims=True)
+        out = tl.where(index == best, 1, out)
+    mean = group_sum(tl.where(out != 0, 0.0, g), AXIS, A, B, C) / (GROUP - TAKEN)
+    left = out
+    for r in tl.static_range(TAKEN):  # in order of their places
+        first = tl.min(tl.where(left != 0, index, GROUP), AXIS, keep_dims=True)
+        left = tl.where(index == first, 0, left)
+        where, inside = outlier_place(at, r, N, D, DP, GROUP, TAKEN, CHANNEL)
+        tl.store(place + page * PAGE_SIZE + where, first.to(tl.uint8), mask=inside & kept)
+    return tl.where(out != 0, mean, g), out
+
+
+@triton.jit
+def store_rest(rest, page, at, keep, missing, out, AXIS: tl.constexpr, N: tl.constexpr,
+               D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, TAKEN: tl.constexpr):
+    """Store what each group's outliers miss."""
+    CHANNEL: tl.constexpr = AXIS == 1
+    PAGE_SIZE: tl.constexpr = 128 // GROUP * D * TAKEN if CHANNEL else D // GROUP * TAKEN * 128
+    if CHANNEL:
+        index = tl.arange(0, GROUP)[None, :, None]
+        A: tl.constexpr = out.shape[0]
+        kept = tl.reshape(tl.max(tl.reshape(keep.to(tl.int32), (A, GROUP)), 1), (A, 1, 1)) > 0
+    else:
+        index = tl.arange(0, GROUP)[None, None, :]
+        kept = keep[:, None, None]
+    index = tl.broadcast_to(index, out.shape)
+    for r in tl.static_range(TAKEN):
+        first = tl.min(tl.where(out != 0, index, GROUP), AXIS, keep_dims=True)
+        y = tl.sum(tl.where((index == first) & (out != 0), missing, 0.0), AXIS, keep_dims=True)
+        out = tl.where(index == first, 0, out)
+        where, inside = outlier_place(at, r, N, D, DP, GROUP, TAKEN, CHANNEL)
+        tl.store(rest + page * PAGE_SIZE + where, y.to(tl.float16), mask=inside & kept)

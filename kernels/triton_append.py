@@ -1,0 +1,161 @@
+"""The Triton text of kvc.append, printed from a store's formats: two kernels, one after the other.
+
+`encode` stores the blocks that become complete, from the recent tier and the call's tokens, in the
+body; `keep` then stores the call's tokens that are sinks or wait in the recent tier. A program
+handles one tile of tokens of one (layer, row, kv head) and of K or V.
+"""
+
+import re
+from functools import cache
+from hashlib import sha256
+from typing import Any, NamedTuple
+
+import torch
+
+from kvcompile.errors import RecipeError
+from kvcompile.format import Side
+from kvcompile.kernels import triton_source as ts
+from kvcompile.store import SIDES, Store
+
+PHASES = ("encode", "keep")
+FEWEST = 32  # tokens of a tile
+
+
+class Shape(NamedTuple):
+    """What a kernel is printed for, beside the store."""
+
+    heads: int                  # kv heads
+    dims: tuple[int, int]       # Dk, Dv
+    dtype: torch.dtype          # of k and v
+
+
+def unsupported(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> str | None:
+    """Why no kernel can be printed; None if one can."""
+    return ts.missing(store, dims, dtype, "writer")
+
+
+def tokens(store: Store, side: Side, phase: str) -> int:
+    """Tokens of a tile: one step of the format, if those are of several tokens."""
+    step = store.side(side).format.step if phase == "encode" else 1
+    return step if step > 1 else FEWEST
+
+
+def chunks(store: Store, phase: str, new: Any) -> Any:
+    """Tiles that may hold what `new` tokens change, of K or of V."""
+    def of(side: Side) -> Any:
+        cut = tokens(store, side, phase)
+        most = store.side(side).block - 1 if phase == "encode" else 0
+        return (new + most + cut - 1) // cut + 1
+
+    k, v = of("k"), of("v")
+    return max(k, v) if isinstance(new, int) else k + v
+
+
+def name(store: Store, shape: Shape, phase: str) -> str:
+    """A name of its own for every kernel."""
+    return f"{phase}_" + sha256(repr((str(store), shape)).encode()).hexdigest()[:12]
+
+
+def arguments(store: Store, shape: Shape) -> list[str]:
+    """The kernel's parameters in order."""
+    return ["k", "v", "numbers", "columns", "new", *ts.parameters(store, shape.dims, shape.dtype),
+            "slot", "batch", "tokens",
+            *(f"{x}_{d}" for x in "kv" for d in ("layer", "row", "head", "token")),
+            *ts.sizes(store, shape.dims, shape.dtype)]
+
+
+@cache
+def source(store: Store, shape: Shape, phase: str) -> str:
+    """The module's text, empty where there is nothing to do; RecipeError without a kernel."""
+    why = unsupported(store, shape.dims, shape.dtype)
+    if why:
+        raise RecipeError(f"{store}: {why}")
+    part = _encode if phase == "encode" else _keep
+    sides = {side: [re.sub(r"\bN\b", str(tokens(store, side, phase)), line)
+                    for line in part(store, shape, side)] for side in SIDES}
+    if not any(sides.values()):
+        return ""
+    body = [
+        f"layer, rest = tl.program_id(1) // (batch * {shape.heads}), tl.program_id(1) % "
+        f"(batch * {shape.heads})",
+        f"row, head = rest // {shape.heads}, rest % {shape.heads}",
+        f"place = (((slot + layer) * batch + row) * {shape.heads} + head).to(tl.int64)",
+        "n = tl.load(count + place)",
+        "after = n + tl.load(new + row)",
+        f"before = tl.maximum(n - {store.sinks}, 0)",
+    ]
+    for side, test in (("k", "=="), ("v", "!=")):
+        body += [f"if tl.program_id(2) {test} 0:", *ts.indent(sides[side] or ["pass"])]  # type: ignore[index]
+    head = f"def {name(store, shape, phase)}({', '.join(arguments(store, shape))}):"
+    return "\n".join([ts.HEAD, f"# {store}", "@triton.jit", head, *ts.indent(body)]) + "\n"
+
+
+def _new(shape: Shape, side: Side, which: str, mask: str) -> list[str]:
+    """x: the call's tokens that are number `which` [N] of the row's, in the model's dtype."""
+    dim = shape.dims[SIDES.index(side)]
+    return [
+        f"mine = {mask}",
+        f"rank = {which}",
+        "column = tl.load(columns + row * tokens + rank, mask=mine, other=0)",
+        "column = tl.maximum(column, 0)",
+        f"c = tl.arange(0, {ts.padded(dim)})[None, :]",
+        f"where = {side} + layer * {side}_layer + row * {side}_row + head * {side}_head + "
+        f"column[:, None] * {side}_token + c",
+        f"x = tl.load(where, mask=mine[:, None] & (c < {dim}), other=0.0)",
+    ]
+
+
+def _encode(store: Store, shape: Shape, side: Side) -> list[str]:
+    """The tokens [start, end) of the queue go to the body."""
+    if "body" not in store.tiers(side):
+        return []
+    dim, fmt = shape.dims[SIDES.index(side)], store.side(side).format
+    planes = ts.names(store, side, "body", dim, shape.dtype)
+    lines = [*ts.span(store, "n", side, "old_"), *ts.span(store, "after", side, "")]
+    lines += ["start = tl.maximum(old_end, first)",
+              "base = (start // N + tl.program_id(0)) * N",
+              "index = base + tl.arange(0, N)",
+              "keep = (index >= start) & (index < end)"]
+    inner = _new(shape, side, f"index + {store.sinks} - n", "keep & (index >= before)")
+    if "recent" in store.tiers(side):
+        waiting = store.format(side, "recent")
+        held = ts.names(store, side, "recent", dim, shape.dtype)
+        inner += [
+            "leaving, keep = keep, keep & (index < before)",
+            "page, at = " + ts.page(side, "recent", store.ring(side, "recent"), "base")
+            + ", base % 128",
+            f"x = tl.where(keep[:, None], {waiting.triton(dim, shape.dtype, side, held)}, x)",  # type: ignore[attr-defined]
+            "keep = leaving"]
+    inner += ["x = x.to(tl.float32)",
+              "page, at = " + ts.page(side, "body", store.ring(side, "body"), "base")
+              + ", base % 128",
+              *fmt.triton_writer(dim, shape.dtype, side, planes)]  # type: ignore[attr-defined]
+    return [*lines, "if base < end:", *ts.indent(inner)]
+
+
+def _keep(store: Store, shape: Shape, side: Side) -> list[str]:
+    """Tokens that are sinks, and those that stay in the recent tier."""
+    lines = []
+    if "sinks" in store.tiers(side):
+        lines += [f"last = tl.minimum(after, {store.sinks})",
+                  *_write(store, shape, side, "sinks", "n", "last", "index - n")]
+    if "recent" in store.tiers(side):
+        lines += [*ts.span(store, "after", side, ""),
+                  "start = tl.maximum(tl.maximum(first, end), before)",
+                  *_write(store, shape, side, "recent", "start", "queued",
+                          f"index + {store.sinks} - n")]
+    return lines
+
+
+def _write(store: Store, shape: Shape, side: Side, tier: str, start: str, stop: str, which: str
+           ) -> list[str]:
+    """Store the tier's tokens [start, stop); `which` number of the call's each of them is."""
+    dim, fmt = shape.dims[SIDES.index(side)], store.format(side, tier)
+    ring = store.ring(side, tier) if tier == "recent" else None
+    inner = [*_new(shape, side, which, "keep"),
+             "page, at = " + ts.page(side, tier, ring, "base") + ", base % 128",
+             *fmt.triton_writer(dim, shape.dtype, side,  # type: ignore[attr-defined]
+                                ts.names(store, side, tier, dim, shape.dtype))]
+    return [f"base = ({start} // N + tl.program_id(0)) * N", "index = base + tl.arange(0, N)",
+            f"keep = (index >= {start}) & (index < {stop})", f"if base < {stop}:",
+            *ts.indent(inner)]

@@ -1,0 +1,77 @@
+"""What kvc.attend's Triton kernels are printed for, and how they are cut into tiles."""
+
+from math import prod
+from typing import NamedTuple
+
+import torch
+
+from kvcompile.format import Side
+from kvcompile.kernels import triton_source as ts
+from kvcompile.store import SIDES, Store
+
+
+class Shape(NamedTuple):
+    """What a kernel is printed for, beside the store."""
+
+    heads: int                  # kv heads
+    queries: int                # query heads that share a kv head
+    dims: tuple[int, int]       # Dk, Dv
+    dtype: torch.dtype          # of q, k, v and the output
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+    one: bool = True            # one query token a row
+
+
+class Tile(NamedTuple):
+    """How a kernel is cut: tokens and query tokens of a tile, warps of a program, stages."""
+
+    tokens: int
+    queries: int
+    warps: int = 4
+    stages: int = 2
+
+
+def tile(store: Store, shape: Shape) -> Tile:
+    """What needs no tuning: decoded tiles that fit four warps' registers, and codes that come 16
+    bytes a load."""
+    wide = max(map(ts.padded, shape.dims))
+    held = [s for s in SIDES if "body" in store.tiers(s)]
+    thin = min((_bits(store, shape, side) for side in held), default=16)
+    many = max((len(ts.names(store, s, "body", shape.dims[SIDES.index(s)], shape.dtype))
+                for s in held), default=1)
+    room = 2048 if shape.dtype is torch.float32 else 8192 if thin <= 2 else 4096
+    queries = 1 if shape.one else max(1, min(16, 32 // shape.queries))
+    return Tile(min(128, max(16, room // wide)), queries, 8 if many > 4 else 4)
+
+
+def _bits(store: Store, shape: Shape, side: Side) -> float:
+    """Bits that a number takes in the largest plane of a body."""
+    fmt, dim = store.side(side).format, shape.dims[SIDES.index(side)]
+    wide = dim * store.members
+    planes = fmt.planes(wide, shape.dtype, side).values()
+    return max(8 * prod(p.shape) * p.dtype.itemsize / (fmt.step * wide) for p in planes)
+
+
+def rows(shape: Shape, cut: Tile) -> int:
+    """Rows of a tile of queries."""
+    return max(16, 1 << (shape.queries * cut.queries - 1).bit_length())
+
+
+def unsupported(store: Store, shape: Shape) -> str | None:
+    """Why no kernel can be printed; None if one can."""
+    if shape.queries > 64:
+        return f"{shape.queries} query heads share a kv head; at most 64 can"
+    return ts.missing(store, shape.dims, shape.dtype, "reader")
+
+
+def turns(store: Store, side: Side, dim: int) -> int:
+    """The block of channels by which a body wants queries, or outputs, turned; 0: it does not."""
+    fmt = store.side(side).format
+    held = "body" in store.tiers(side)
+    return int(fmt.turn_size(dim)) if held and hasattr(fmt, "turn_size") else 0
+
+
+def width(store: Store, shape: Shape) -> int:
+    """Numbers of a part of an output: turned ones are summed apart."""
+    return shape.dims[1] * (2 if turns(store, "v", shape.dims[1]) else 1)

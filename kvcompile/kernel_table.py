@@ -1,0 +1,78 @@
+"""`kvcompile kernels`: a recipe's GPU kernels, compiled without a GPU, and what they take."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from kvcompile.backend import offline
+from kvcompile.plan import runs
+from kvcompile.program import Program
+from kvcompile.registry import module
+from kvcompile.show import as_text
+
+COLUMNS = ("registers", "spills", "local", "shared", "code_load", "mma")
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels of some layers for some targets: `str()` is a table."""
+
+    name: str
+    recipe: str
+    rows: list[tuple[str, offline.Compiled]]   # (layers, kernel)
+    missing: list[str]                         # `layers: why there is none`
+    sources: dict[str, str]
+
+    def __str__(self) -> str:
+        table = Table("layers", "kernel", "target", *COLUMNS, box=box.SIMPLE, pad_edge=False)
+        for layers, one in self.rows:
+            figures = [one.failed] if one.failed else [str(getattr(one, c)) for c in COLUMNS]
+            table.add_row(layers, one.kernel, one.target, *figures)
+        note = ("registers of a thread; spills: loads and stores of spilled registers; bytes of "
+                "local memory, of shared\nmemory, and of the widest load of packed codes; "
+                "mma: matrix instructions")
+        return "\n".join([f"{self.name}, recipe: {self.recipe}", "", as_text(table), note,
+                          *self.missing])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything in plain types, without assembly."""
+        return {"model": self.name, "recipe": self.recipe, "missing": self.missing,
+                "kernels": [{"layers": layers, **one.as_dict()} for layers, one in self.rows]}
+
+    def write(self, folder: Path) -> None:
+        """Each kernel's source and what its target's compiler made of it, as files."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "kernels.json").write_text(json.dumps(self.as_dict(), indent=2))
+        for name, text in self.sources.items():
+            (folder / f"{name}.py").write_text(text)
+        for _, one in self.rows:
+            for kind, content in (one.assembly or {}).items():
+                file = folder / f"{one.kernel}.{one.target.replace(':', '-')}.{kind}"
+                if isinstance(content, bytes):
+                    file.write_bytes(content)
+                elif kind in ("ttir", "ptx", "amdgcn"):
+                    file.write_text(content)
+
+
+def kernels(program: Program, targets: Sequence[str]) -> Kernels:
+    """Compile the kernels of a program's decode step; layers that are stored alike share them."""
+    shapes = module("kernels", "triton_attend")
+    alike: dict[tuple, list[int]] = {}
+    for site in program.sites:
+        shape = shapes.Shape(site.heads, site.q_heads // site.heads, site.dims, site.dtype,
+                             site.dims[0] ** -0.5, site.window)
+        alike.setdefault((site.store, shape), []).append(site.layer)
+    rows, missing, sources = [], [], {}
+    for (store, shape), layers in alike.items():
+        which = runs(layers).split(" ", 1)[1]
+        found, reasons = offline.kernels(store, shape)
+        missing += [f"layers {which}: no kernel for kvc.{reason}" for reason in reasons]
+        for one in found:
+            sources[one.name] = one.text
+            rows += [(which, offline.compiled(one, target)) for target in targets]
+    return Kernels(program.name, str(program.recipe), rows, missing, sources)

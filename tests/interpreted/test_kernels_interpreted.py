@@ -1,0 +1,87 @@
+"""Triton's kernels against the plain bodies, by Triton's interpreter.
+
+tests/test_triton.py runs these in a process of their own: Triton decides when it is imported.
+"""
+
+import warnings
+
+import pytest
+import torch
+
+from kvcompile.kernels.triton_source import installed, interpreted
+
+if not interpreted():
+    pytest.skip("run by tests/test_triton.py with TRITON_INTERPRET=1", allow_module_level=True)
+if not installed():
+    pytest.skip("no Triton: pip install triton", allow_module_level=True)
+
+from triton_case import STORES, Case, stored_alike  # noqa: E402
+
+from kvcompile.kernels import triton_append  # noqa: E402
+from kvcompile.store import Store  # noqa: E402
+
+NARROW = "store(k=int(bits=2, axis=channel, group=16), v=int(bits=4, group=16), v_lag=20)"
+OPTIONS = {
+    "softcap": dict(store=STORES["int8"], softcap=20.0, sinks=True, lengths=(0, 140)),
+    "own-window": dict(store="store(k=int, v=int, window=76)", window=77, lengths=(3, 140)),
+    "wide-window": dict(store=STORES["kivi4"], window=90, lengths=(40, 140)),
+    "tokens": dict(store=STORES["kivi4"], tokens=5, padding=True, lengths=(0, 150)),
+    "tokens-window": dict(store=STORES["kivi4"], tokens=21, window=50, group=1, lengths=(9, 150)),
+    "tokens-sinks": dict(store=STORES["window"], tokens=3, sinks=True, lengths=(2, 150)),
+    "mass": dict(store=STORES["kivi4"], lengths=(0, 17, 150), mass=True),
+    "mass-tokens": dict(store=STORES["outliers"], tokens=5, padding=True, lengths=(150,),
+                        mass=True, sinks=True, window=60),
+    "heads": dict(store=STORES["kivi2"], heads=2, group=9, lengths=(150,)),
+    "padding": dict(store=STORES["full"], padding=True, lengths=(20, 20)),
+    "bf16": dict(store=STORES["kivi4"], dtype=torch.bfloat16, lengths=(150,)),
+    "bf16-turned": dict(store=STORES["quarot"], dtype=torch.bfloat16, lengths=(150,)),
+    "fp16": dict(store=STORES["kivi2"], dtype=torch.float16, lengths=(150,)),
+    "dims": dict(store=STORES["kivi2"], dims=(16, 64), lengths=(150,)),
+    "odd-dims": dict(store=NARROW, dims=(80, 48), lengths=(70,)),
+    "odd-dims-2": dict(store=STORES["gear"], dims=(96, 96), lengths=(140,)),
+}
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    with warnings.catch_warnings():  # numpy tells of what masks leave out
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_attend_is_the_body(name):
+    Case(STORES[name]).check()
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_attend_with_options(name):
+    Case(**OPTIONS[name]).check()
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_append_is_the_body_bit_for_bit(name):
+    if why := triton_append.unsupported(Store.parse(STORES[name]), (32, 32), torch.float32):
+        assert "lowrank" in why or "stored together" in why
+        return
+    stored_alike(STORES[name])
+
+
+@pytest.mark.parametrize("dims, dtype", [((80, 48), torch.float32), ((16, 64), torch.bfloat16)],
+                         ids=str)
+def test_append_other_heads(dims, dtype):
+    stored_alike(NARROW, (40, 1), dims, dtype, rows=2)
+
+
+def test_append_to_rows_of_two_layers():
+    stored_alike(STORES["kivi8"], (150, 1, 60), rows=2, slots=(0, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("name", STORES)
+def test_every_head_size(name, dim, dtype):
+    group = 16 if dim % 32 else 32
+    store = STORES[name].replace("group=32", f"group={group}")
+    Case(store, (140,), 1, 4, (dim, dim), dtype).check()

@@ -1,0 +1,178 @@
+"""Triton's kernels without a GPU: what they compute (interpreted), and what they compile to."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support import EVERY, plain
+
+import kvcompile
+from kvcompile import kernel_table
+from kvcompile.backend import gpu, offline
+from kvcompile.errors import KVCompileError
+from kvcompile.format import formats
+from kvcompile.ir import APPEND, ATTEND
+from kvcompile.kernels import triton_attend, triton_source
+from kvcompile.planes import Group
+from kvcompile.site import Site
+from kvcompile.store import Store
+
+HERE = Path(__file__).parent
+KIVI = ("store(k=int(bits={0}, axis=channel, group=32), k_block=128, v=int(bits={0}), v_lag=128)")
+needs_triton = pytest.mark.skipif(not triton_source.installed(), reason="pip install triton")
+
+
+def interpret(*args):
+    """Run tests/interpreted in a process of its own: Triton decides when it is imported."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
+         str(HERE / "interpreted"), *args], cwd=HERE.parent, capture_output=True, text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr
+
+
+@needs_triton
+def test_the_kernels_are_the_bodies():
+    interpret("-m", "not slow")
+
+
+@needs_triton
+@pytest.mark.slow
+def test_the_kernels_are_the_bodies_at_every_head_size():
+    interpret("-m", "slow")
+
+
+def test_skeletons_know_no_format():
+    names = [n for n in formats() if n != "int"]  # a type of Python too
+    files = [*(HERE.parent / "kernels").glob("triton_*.py"),
+             HERE.parent / "kernels/triton/softmax.py", HERE.parent / "kvcompile/backend/gpu.py",
+             HERE.parent / "kvcompile/backend/offline.py"]
+    assert len(files) >= 8
+    for file in files:
+        found = re.findall(rf"\b(?:{'|'.join(names)})\b|\bint\(bits|\"int\"", file.read_text())
+        assert not found, (file.name, found)
+
+
+def test_every_format_has_a_reader():
+    for name, cls in formats().items():
+        assert hasattr(cls, "triton") or hasattr(cls, "triton_member"), f"format {name} has no Triton reader"
+
+
+def shape_of(dims=(128, 128), dtype=torch.bfloat16, heads=8, queries=4, **options):
+    return triton_attend.Shape(heads, queries, dims, dtype, dims[0] ** -0.5, **options)
+
+
+@needs_triton
+def test_resources_of_a_decode_step_on_sm_90():
+    found, missing = offline.kernels(Store.parse(KIVI.format(4)), shape_of())
+    assert not missing and [k.name.split("_")[0] for k in found] == ["attend", "encode", "keep"]
+    for one in found:
+        made = offline.compiled(one, "cuda:90")
+        assert not made.failed and made.spills == made.local == 0, made.as_dict()
+        assert 0 < made.registers <= 255 and made.shared <= 227 * 1024
+        if one.name.startswith("attend"):
+            assert made.code_load == 16, "codes are not read 16 bytes at a time"
+            assert made.mma > 0, "products do not run on tensor cores"
+            assert {"ptx", "cubin"} <= made.assembly.keys()
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("recipe", EVERY)
+def test_nothing_spills(recipe, dim, target):
+    stores = {s.store for s in kvcompile.explain(plain("llama:2"), recipe).program.sites}
+    for store in stores:
+        for one in offline.kernels(store, shape_of((dim, dim)))[0]:
+            made = offline.compiled(one, target)
+            assert not made.failed and made.spills == made.local == 0, made.as_dict()
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("target", offline.TARGETS)
+def test_every_target(target):
+    for one in offline.kernels(Store.parse(KIVI.format(4)), shape_of())[0]:
+        made = offline.compiled(one, target)
+        assert not made.failed and made.spills == 0, made.as_dict()
+
+
+def test_what_has_no_kernel_says_why():
+    lowrank = Store.parse("store(k=lowrank)")
+    found, missing = offline.kernels(lowrank, shape_of())
+    assert len(found) == 1 and missing == ["append: format lowrank has no Triton writer"]
+    assert "512" in triton_attend.unsupported(Store.parse("store"), shape_of((512, 512)))
+    assert "float64" in triton_attend.unsupported(Store.parse("store"),
+                                                  shape_of(dtype=torch.float64))
+    with pytest.raises(KVCompileError, match="lowrank has no Triton writer"):
+        triton_source.of(formats()["lowrank"](), "triton_writer", "writer")
+
+
+@needs_triton
+def test_a_target_that_is_not_known():
+    with pytest.raises(KVCompileError, match="unknown target 'cuda:sm90'; did you mean 'cuda:90'"):
+        offline.check("cuda:sm90")
+
+
+@needs_triton
+def test_the_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(offline, "compiled", lambda one, target: offline.Compiled(
+        one.name, target, "", 40, 0, 0, 1024, 16, 8, {"ptx": "text", "cubin": b"\1"}))
+    program = kvcompile.explain(plain("llama:2"), "kivi(bits=4)").program
+    table = kernel_table.kernels(program, ["cuda:80", "cuda:90"])
+    assert len(table.rows) == 6 and table.rows[0][0] == "0-1"
+    assert re.search(r"0-1 +attend_\w+ +cuda:80 +40 +0 +0 +1024 +16 +8", str(table))
+    table.write(tmp_path)
+    name = table.rows[0][1].kernel
+    assert (tmp_path / f"{name}.py").read_text() == table.sources[name]
+    assert (tmp_path / f"{name}.cuda-90.cubin").read_bytes() == b"\1"
+
+
+@needs_triton
+def test_compiled_graphs_see_the_kernels(caplog):
+    """A graph for a GPU, on fake tensors: Triton's kernels in it, planes written in place."""
+    from torch._functorch.aot_autograd import aot_module_simplified
+    from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    store = Store.parse(KIVI.format(4))
+    site = Site(0, 8, 2, (64, 64), torch.bfloat16, 0, store)
+    graph = torch.fx.Graph()
+    with FakeTensorMode() as mode:
+        specs = Group([site, site], 2, torch.device("cuda")).specs
+        planes = [torch.zeros((9, *s.shape) if s.shape else
+                              (2, 2, 2) if s.name == "count" else (2, 2, 2, 4),
+                              dtype=s.dtype, device="cuda") for s in specs]
+        q = torch.zeros(2, 8, 1, 64, device="cuda", dtype=torch.bfloat16)
+        k, v = (torch.zeros(2, 2, 1, 64, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+        positions = torch.zeros(2, 1, dtype=torch.long, device="cuda")
+        valid = torch.ones(2, 1, dtype=torch.bool, device="cuda")
+    inputs = [q, k, v, positions, valid, *planes]
+    nodes = []
+    for i, x in enumerate(inputs):
+        nodes.append(graph.placeholder(f"x{i}"))
+        nodes[-1].meta["val"] = x
+    q_, k_, v_, p_, ok_, *planes_ = nodes
+    o = graph.call_function(ATTEND, (q_, k_, v_, planes_, p_, ok_, None),
+                            dict(scale=0.125, store=str(store), slot=1))
+    first = graph.call_function(lambda x: x[0], (o,))
+    graph.call_function(APPEND, (planes_, [k_, k_], [v_, v_], p_, ok_),
+                        dict(store=str(store), slots=[0, 1]))
+    graph.output((first,))
+    gm = torch.fx.GraphModule({}, graph)
+    gpu.lower(gm, torch.device("cpu"))
+    assert any(n.target is ATTEND for n in gm.graph.nodes)
+    gpu.lower(gm, torch.device("cuda"))
+    assert not any(n.target in (ATTEND, APPEND) for n in gm.graph.nodes)
+    seen = []
+    with mode, torch.no_grad():
+        aot_module_simplified(gm, inputs, fw_compiler=lambda gm, _: seen.append(gm) or gm)
+    kernels = [n for n in seen[0].graph.nodes if n.target is triton_kernel_wrapper_functional]
+    assert len(kernels) == 4                                # attend, merge; encode, keep
+    written = len(seen[0].graph.output_node().args[0]) - 1
+    assert written >= len(planes) - sum(s.name.endswith("table") for s in specs)
