@@ -105,6 +105,11 @@ def _parser() -> argparse.ArgumentParser:
                          help="length for which KV bytes are given (4096)")
     explain.add_argument("--print-graph", nargs="?", const="", metavar="PASS",
                          help="print the graph, as it is after PASS or after all of them")
+    explain.add_argument("--device", metavar="D",
+                         help=f"predict a decode step on {', '.join(commands.DEVICES)}")
+    explain.add_argument("--batch", type=_positive, default=1, metavar="N", help="with --device")
+    explain.add_argument("--plot", metavar="FILE",
+                         help="with --device: draw time against context, and that of full")
     explain.set_defaults(function=commands.explain)
 
     recipes = add.add_parser("recipes", help="the methods that recipes are made of")

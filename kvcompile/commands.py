@@ -30,6 +30,8 @@ from kvcompile.program import capture
 from kvcompile.prose import prose
 from kvcompile.recipe import Recipe
 from kvcompile.registry import module
+from kvcompile.roofline import DEVICES as DEVICES
+from kvcompile.roofline import Roofline, Step, device
 from kvcompile.show import progress
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -50,6 +52,9 @@ def recipes(args: Namespace) -> None:
 def explain(args: Namespace) -> None:
     """`kvcompile explain`: the report, and the graph where asked for."""
     _check(args.recipe)
+    on = None if args.device is None else device(args.device)
+    if args.plot and on is None:
+        raise KVCompileError("--plot needs --device")
     model, _ = _load(args)
     with progress("capturing"):
         report = explained(model, args.recipe)
@@ -57,8 +62,18 @@ def explain(args: Namespace) -> None:
     graph = None if name is None else str(program.after(name) if name else program)
     told = {**report.as_dict(), "tokens": args.tokens, "kv_bytes": report.kv_bytes(args.tokens),
             "baseline_kv_bytes": report.baseline_kv_bytes(args.tokens)}
-    _print(args, told if graph is None else {**told, "graph": graph}, lambda: "\n".join(
-        [report.table(), report.memory(args.tokens), *([] if graph is None else ["", graph])]))
+    parts = [report.table(), report.memory(args.tokens)]
+    if on is not None:
+        predicted = Roofline(Step(program, args.batch), on)
+        told["roofline"] = predicted.as_dict()
+        parts += ["", str(predicted)]
+        if args.plot:
+            full = Roofline(Step(program.lower("full"), args.batch), on)
+            predicted.plot(Path(args.plot), full)
+    if graph is not None:
+        told["graph"] = graph
+        parts += ["", graph]
+    _print(args, told, lambda: "\n".join(parts))
 
 
 def run(args: Namespace) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kvcompile.bench import attend, context, prefill, start, step
+from kvcompile.bench import attend, context, prefill, roofline, start, step
 from kvcompile.bench.machine import facts
 from kvcompile.bench.report import Result
 from kvcompile.bench.row import Row
@@ -14,9 +14,9 @@ from kvcompile.errors import KVCompileError, nearest
 from kvcompile.show import progress
 
 GROUPS = {"attend": attend.rows, "context": context.rows, "step": step.rows,
-          "prefill": prefill.rows, "start": start.rows}
-ALONE = ("attend", "context")  # groups that need no model
-SLOW = ("start",)  # groups that a quick run leaves out unless they are named
+          "prefill": prefill.rows, "start": start.rows, "roofline": roofline.rows}
+ALONE = ("attend", "context", "roofline")  # groups that need no model
+SLOW = ("start", "roofline")  # groups that a quick run leaves out unless they are named
 
 
 def check(groups: Sequence[str]) -> None:
