@@ -8,13 +8,12 @@ from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 
 from kvcompile.backend.inductor import compile_graph
-from kvcompile.format import formats
 from kvcompile.ir import APPEND, ATTEND
 from kvcompile.kernels import cpp_append, cpp_attend, pages
 from kvcompile.planes import Group
 from kvcompile.site import Site
 from kvcompile.store import Store
-from kvcompile.testing.strategies import examples
+from kvcompile.testing.strategies import with_reader
 
 KIVI = ("store(k=int(bits={0}, axis=channel, group={1}), k_block=128, "
         "v=int(bits={0}, group={1}), v_lag=128)")
@@ -169,10 +168,8 @@ QUICK = {
 }
 
 
-for _name, _format in formats().items():  # whatever else is registered and has a reader
-    if hasattr(_format, "cpp") and not any(_name in case["store"] for case in QUICK.values()):
-        _text = examples(_format)[0]
-        QUICK[_name] = dict(store=f"store(k={_text}, v={_text})")
+QUICK |= {name: dict(store=text) for name, text in with_reader(
+    "cpp", [case["store"] for case in QUICK.values()]).items()}
 
 
 @pytest.mark.parametrize("name", QUICK)
