@@ -139,6 +139,10 @@ class Coded(ABC):
         return (f"Coded{side.upper()}<{dim}, {self.values.cpp}, {self.axis}_axis, {group}, "
                 f"{scale}, {low}>")
 
+    def cpp_in_k(self, dim: int, values: int, dtype: torch.dtype) -> str:
+        """The C++ type that reads V, the first `values` channels of K (`kernels/cpp/latent.h`)."""
+        return f"CodedInK<{self.cpp(dim, dtype, 'k')}, {values}>"
+
     @property
     def cpp_fit(self) -> str:
         """The C++ type that does what `fit` does (`kernels/cpp/append.h`)."""

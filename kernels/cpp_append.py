@@ -48,6 +48,7 @@ def statements(store: Store, dims: tuple[int, int], dtype: torch.dtype, heads: i
     valid [B, S] and plane0.. (the count first, all written). Tokens of a head are stored one after
     another; heads, and K and V, at the same time."""
     number, members, pointer = len(slots), store.members, f"const {_cpp(dtype)}*"
+    per = len(store.sides)
     name = f"kvc::{_name(store, dims, dtype)}::"
     lines = [f"const int64_t batch = valid_size[0], tokens = valid_size[1], heads = {heads};",
              f"const int64_t slots[] = {{{', '.join(map(str, slots))}}};"]
@@ -58,18 +59,18 @@ def statements(store: Store, dims: tuple[int, int], dtype: torch.dtype, heads: i
             strides = ", ".join(f"{side}{i}_stride[{d}]" for i in range(number * members))
             lines.append(f"const int64_t {side}_{what}[] = {{{strides}}};")
     lines += [f"#pragma omp parallel for num_threads({threads})",
-              f"for (int64_t i = 0; i < 2 * {number} * batch * heads; i++) {{",
-              "  const int64_t layer = i / 2 / (batch * heads), b = i / 2 / heads % batch,",
-              "      h = i / 2 % heads, place = (slots[layer] * batch + b) * heads + h;",
+              f"for (int64_t i = 0; i < {per} * {number} * batch * heads; i++) {{",
+              f"  const int64_t layer = i / {per} / batch / heads, b = i / {per} / heads % batch,",
+              f"      h = i / {per} % heads, place = (slots[layer] * batch + b) * heads + h;",
               "  kvc::Tier " + ", ".join(f"{s}_{t}{{}}" for s in SIDES for t in TIERS) + ";"]
     lines += ["  " + line for line in tiers(store, dims, dtype, "", "place")]
     lines += ["  int64_t count = plane0[place];", "  for (int64_t t = 0; t < tokens; t++) {",
               "    if (!valid[b * tokens + t]) continue;"]
-    for side, dim in zip(SIDES, dims, strict=True):
+    for side, dim in zip(store.sides, dims, strict=False):
         up = side.upper()
         types = ", ".join(f"{name}{up}{part}" for part in ("Queue", "Sinks", "Body", "Recent"))
         lines += [
-            f"    {'if (i % 2 == 0)' if side == 'k' else 'else'} {{",
+            f"    {'else' if side == 'v' else f'if (i % {per} == 0)'} {{",
             f"      {pointer} x[{members}];",
             f"      for (int64_t m = 0, j = layer * {members}; m < {members}; m++, j++)",
             f"        x[m] = {side}_at[j] + b * {side}_row[j] + h * {side}_head[j] + "

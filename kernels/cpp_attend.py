@@ -3,7 +3,7 @@
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,10 +15,11 @@ from kvcompile.rounding import Arithmetic
 from kvcompile.store import SIDES, Store
 
 FOLDER = Path(__file__).parent / "cpp"
-READERS = tuple(FOLDER / name for name in ("vector.h", "coded.h", "dense.h", "wrapper.h",
-                                        "direction.h", "tier.h"))
+READERS = tuple(FOLDER / f"{name}.h" for name in (
+    "vector", "coded", "dense", "latent", "wrapper", "direction", "tier"))
 FILES = (*READERS, FOLDER / "attend.h")
 TIERS = ("sinks", "body", "recent")
+MOST = 1024  # channels of a head
 
 
 class Shape(NamedTuple):
@@ -46,8 +47,13 @@ def arithmetic(dtype: torch.dtype) -> Arithmetic:
 
 def unsupported(store: Store, shape: Shape) -> str | None:
     """Why no kernel can be printed; None if one can."""
-    return missing(store, shape.dims, shape.dtype, "cpp" if store.members == 1 else "cpp_member",
-                   "reader")
+    why = missing(store, shape.dims, shape.dtype, "cpp" if store.members == 1 else "cpp_member",
+                  "reader")
+    for tier in store.tiers("k") if store.v_in_k and not why else ():
+        fmt = store.format("k", tier)
+        if not hasattr(fmt, "cpp_in_k"):
+            return f"format {fmt.name} has no C++ reader of V inside of K"
+    return why
 
 
 def missing(store: Store, dims: tuple[int, int], dtype: torch.dtype, attribute: str, what: str
@@ -56,8 +62,8 @@ def missing(store: Store, dims: tuple[int, int], dtype: torch.dtype, attribute: 
     if dtype not in CPP:
         return f"no kernel for {str(dtype).removeprefix('torch.')}"
     for side, dim in zip(SIDES, dims, strict=True):
-        if dim % 16 or dim > 512:
-            return f"head dimension {dim} is not a multiple of 16 up to 512"
+        if dim % 16 or dim > MOST:
+            return f"head dimension {dim} is not a multiple of 16 up to {MOST}"
         for tier in store.tiers(side):
             fmt = store.format(side, tier)
             if not hasattr(fmt, attribute):
@@ -133,11 +139,17 @@ def config(store: Store, shape: Shape, threads: int) -> str:
         how, up = store.side(side), side.upper()
         lines.append(f"static constexpr long {up}_BLOCK = {how.block}, {up}_LAG = {how.lag};")
         for tier in TIERS:
-            held = tier in store.tiers(side)
-            cpp = reader(store, side, tier, dim, shape.dtype)[0] if held else "None"
+            source = "k" if store.v_in_k else side
+            held = tier in store.tiers(source)
+            cpp = "None"
+            if held and source != side:
+                fmt: Any = store.format(source, tier)
+                cpp = fmt.cpp_in_k(shape.dims[0], dim, shape.dtype)
+            elif held:
+                cpp = reader(store, side, tier, dim, shape.dtype)[0]
             lines.append(f"using {up}{tier.capitalize()} = {cpp};")
             if tier != "sinks":
-                ring = store.ring(side, tier) if held else None
+                ring = store.ring(source, tier) if held else None
                 lines.append(f"static constexpr long {up}_{tier.upper()}_RING = "
                              f"{0 if ring is None else ring // PAGE};")
     every = ", ".join(f"{side}_{tier}" for side in SIDES for tier in TIERS)
@@ -174,6 +186,8 @@ def tiers(store: Store, dims: tuple[int, int], dtype: torch.dtype, prefix: str, 
             lines += [f"{name}.plane[{i}] = plane{at + 1 + i}"
                       + (f" + {member} * {n};" if n else ";") for i, n in enumerate(apart)]
             at += 1 + count
+    if store.v_in_k:
+        lines += [f"{prefix}v_{tier} = {prefix}k_{tier};" for tier in store.tiers("k")]
     return lines
 
 

@@ -52,6 +52,10 @@ class Dense:
         """The C++ type that reads the plane (`kernels/cpp/dense.h`)."""
         return f"Dense{side.upper()}<{dim}, {CPP[DTYPES.get(self.dtype, dtype)]}>"
 
+    def cpp_in_k(self, dim: int, values: int, dtype: torch.dtype) -> str:
+        """The C++ type that reads V, the first `values` channels of K (`kernels/cpp/latent.h`)."""
+        return f"DenseInK<{values}, {dim}, {CPP[DTYPES.get(self.dtype, dtype)]}>"
+
     def cpp_member(self, dim: int, members: int, dtype: torch.dtype, side: Side
                    ) -> tuple[str, list[int]]:
         """The C++ type that reads `dim` channels of one of the `members` that lie side by side, and

@@ -2,13 +2,15 @@
 
     o = softmax(softcap(scale q K^T) [, sinks]) V,   lse = log of the softmax's denominator
 
-q [Hq, S, Dk], K [H, T, Dk], V [H, T, Dv]; query head i reads kv head i // (Hq / H). The queries
+q [Hq, S, Dk], K [H, T, Dk], V [H, T, Dv]; query head i reads kv head i // (Hq / H). V may have
+fewer heads than K, each for several of K's (latents of a group of heads). The queries
 are the last S of the T tokens: query i sees tokens up to T - S + i, and with a window the last
 `window` of those only.
 """
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 CHUNK = 256  # query rows at a time where logits are formed explicitly
@@ -40,7 +42,7 @@ def attend_row(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softc
         lse = logits.logsumexp(-1)
         if sinks is not None:                                   # a logit that has no value
             lse = torch.logaddexp(lse, sinks.float().view(h, hq // h, 1))
-        weights = torch.exp(logits - lse[..., None])
+        weights = torch.exp(logits - lse[..., None]).view(v.shape[0], -1, *logits.shape[2:])
         outs.append(torch.einsum("hgst,htd->hgsd", weights, v[:, low:end].float()))
         lses.append(lse)
     o = torch.cat(outs, 2).reshape(hq, s, v.shape[-1]).to(q.dtype)
@@ -66,13 +68,18 @@ def causal(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: 
            sinks: Tensor | None) -> Tensor:
     """o [B, Hq, S, Dv] for S queries that are all the tokens there are; torch's SDPA if it can."""
     plain = not softcap and sinks is None and (not window or window >= k.shape[2])
-    if plain and q.shape[-1] == v.shape[-1]:
-        groups = q.shape[1] // k.shape[1]
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        return sdpa(q, k, v, is_causal=True, scale=scale)
+    values = v.shape[-1]
+    if plain:
+        q, k, v = (_wide(x, max(q.shape[-1], values)) for x in (q, k, v))
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        return sdpa(q, k, v, is_causal=True, scale=scale)[..., :values]
     rows = [attend_row(*x, scale, window, softcap, sinks)[0] for x in zip(q, k, v, strict=True)]
     return torch.stack(rows)
+
+
+def _wide(x: Tensor, dim: int) -> Tensor:
+    """x with channels of zeros up to `dim`: the fused kernel takes K and V of one width."""
+    return x if x.shape[-1] == dim else pad(x, (0, dim - x.shape[-1]))
 
 
 def decode(q: Tensor, k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor, scale: float,
@@ -85,7 +92,7 @@ def decode(q: Tensor, k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor, scale:
     own = (q.view(h, hq // h, -1).float() * k_new.float()).sum(-1).view(hq, 1) * scale
     if softcap:
         own = softcap * torch.tanh(own / softcap)
-    value = v_new.expand(h, hq // h, -1).reshape(hq, 1, -1)
+    value = v_new.expand(-1, hq // v_new.shape[0], -1).reshape(hq, 1, -1)
     if k.shape[1] == 0:
         o, lse = value, own
     else:
@@ -104,7 +111,7 @@ def _one_query(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float
                ) -> tuple[Tensor, Tensor]:
     """`attend_row` without mask or sinks, by torch's fused CPU kernel where it applies."""
     hq, h = q.shape[0], k.shape[0]
-    if softcap or v.shape[-1] != q.shape[-1] or q.device.type != "cpu":
+    if softcap or v.shape[::2] != (h, q.shape[-1]) or q.device.type != "cpu":
         return attend_row(q, k, v, scale, 0, softcap, None)
     o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q.reshape(1, h, hq // h, -1), k[None], v[None], 0.0, False, scale=scale)

@@ -15,6 +15,7 @@ from kvcompile.ir import body
 from kvcompile.kernels import pages
 from kvcompile.kernels.dense_attention import attend_row, causal, decode
 from kvcompile.kernels.dense_attention import mass as weight_of
+from kvcompile.kernels.rebuild import Rebuild
 from kvcompile.rounding import Arithmetic
 from kvcompile.store import SIDES, Store
 
@@ -49,54 +50,41 @@ def _tiers(store: Store, planes: list[Tensor], dims: tuple[int, int], dtype: tor
     return named["count"], tiers
 
 
-@body("rope", inline=True)
-def rope(x: Tensor, cos: Tensor, sin: Tensor, *, style: str) -> Tensor:
-    """Rotate the first cos.shape[-1] channels of x [B, H, S, D]; the others pass through.
-
-    cos and sin broadcast against [B, H, S, R] and repeat each angle for both channels of a pair:
-    (i, i + R / 2) for style "half", (2 i, 2 i + 1) for style "interleaved".
-    """
-    r = cos.shape[-1]
-    head = x[..., :r]
-    if style == "half":
-        a, b = head.chunk(2, -1)
-        turned = torch.cat([-b, a], -1)
-    else:
-        a, b = head.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([-b, a], -1).flatten(-2)
-    head = head * cos + turned * sin
-    return head.contiguous() if r == x.shape[-1] else torch.cat([head, x[..., r:]], -1)
-
-
 @body("attention")
 def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor,
               sinks: Tensor | None, *, scale: float, window: int = 0, softcap: float = 0.0,
-              store: str = "store", layer: int = 0, members: Sequence[int] = ()) -> Tensor:
+              store: str = "store", layer: int = 0, members: Sequence[int] = (),
+              basis: Tensor | None = None, offset: Tensor | None = None, cos: Tensor | None = None,
+              sin: Tensor | None = None, style: str = "") -> Tensor:
     """Causal attention among this call's tokens; padding's output is 0.
 
     With a lossy `store` query i sees what appending tokens 0 .. i-1 one by one would have stored,
     and itself exactly: what decoding token by token computes. Layers that are stored together have
-    no such form: what one of them sees depends on what later ones made of earlier tokens.
+    no such form: what one of them sees depends on what later ones made of earlier tokens. With
+    `basis` or `cos` the keys are rebuilt from k (`kernels/rebuild.py`); cos and sin have a row for
+    each column of the call.
     """
-    parsed = Store.parse(store)
+    parsed, batch = Store.parse(store), q.shape[0]
+    rebuild = Rebuild(basis, offset, cos, sin, style)
     if parsed.members > 1:
         raise KVCompileError(f"layers {', '.join(map(str, members))} are stored together: only "
                              "decoding through a cache shows what they see")
 
-    def rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if parsed.exact or parsed == Store.parse(f"store(window={window - 1})"):
-            return _tokens_first(causal(q, k, v, scale, window, softcap, sinks))
-        each = [_one_by_one(parsed, *x, scale, window, softcap, sinks)
-                for x in zip(q, k, v, strict=True)]
+    def rows(q: Tensor, k: Tensor, v: Tensor, own: Rebuild, which: Sequence[int]) -> Tensor:
+        if parsed.plain and parsed.window in (0, window - 1):
+            return _tokens_first(causal(q, own.keys(k), v, scale, window, softcap, sinks))
+        each = [_one_by_one(parsed, *x, scale, window, softcap, sinks, own.row(row))
+                for row, x in zip(which, zip(q, k, v, strict=True), strict=True)]
         return _tokens_first(torch.stack(each))
 
     if bool(valid.all()):
-        return rows(q, k, v)
-    batch, heads, tokens, _ = q.shape
-    out = q.new_zeros(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
+        return rows(q, k, v, rebuild, range(batch))
+    out = q.new_zeros(batch, q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
     for b, keep in enumerate(valid):
         if bool(keep.any()):
-            out[b][:, keep] = rows(*(x[b : b + 1, :, keep] for x in (q, k, v)))[0]
+            own = rebuild.row(b).at(keep).batch()
+            q_, k_, v_ = (x[b : b + 1, :, keep] for x in (q, k, v))
+            out[b][:, keep] = rows(q_, k_, v_, own, [0])[0]
     return out
 
 
@@ -106,28 +94,28 @@ def _tokens_first(x: Tensor) -> Tensor:
 
 
 def _one_by_one(store: Store, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int,
-                softcap: float, sinks: Tensor | None) -> Tensor:
+                softcap: float, sinks: Tensor | None, rebuild: Rebuild) -> Tensor:
     """One row: every query against the store as it was when the query's token arrived."""
-    n = k.shape[1]
+    n, given = k.shape[1], dict(zip(SIDES, (k, v), strict=True))
     coded = {}
-    for side, x in zip(SIDES, (k, v), strict=True):
-        fmt, end = store.side(side).format, store.spans(side, n)["body"].end
+    for side in store.sides:
+        x, fmt, end = given[side], store.side(side).format, store.spans(side, n)["body"].end
         body_ = x[:, store.sinks : store.sinks + end]
         coded[side] = x.clone()
         coded[side][:, store.sinks : store.sinks + end] = fmt.decode(
             fmt.encode(body_, side), x.shape[-1], x.dtype, side)
     out = []
     for i in range(n):
-        kept = torch.tensor([*store.numbers(i), i], device=q.device)
-        keys_values = []
-        for side, x in zip(SIDES, (k, v), strict=True):
+        low = max(0, i - window + 1) if window else 0
+        kept = torch.tensor([t for t in (*store.numbers(i), i) if t >= low], device=q.device)
+        seen = []
+        for side in store.sides:
             start, end = (store.sinks + at for at in store.spans(side, i)["body"])
             in_body = (kept >= start) & (kept < end)
-            keys_values.append(torch.where(in_body[:, None], coded[side][:, kept], x[:, kept]))
-        low = max(0, i - window + 1) if window else 0
-        inside = kept >= low
-        seen_k, seen_v = (x[:, inside] for x in keys_values)
-        out.append(attend_row(q[:, i : i + 1], seen_k, seen_v, scale, 0, softcap, sinks)[0])
+            seen.append(torch.where(in_body[:, None], coded[side][:, kept], given[side][:, kept]))
+        values = seen[0][..., : v.shape[-1]] if store.v_in_k else seen[1]
+        keys = rebuild.at(kept).keys(seen[0])
+        out.append(attend_row(q[:, i : i + 1], keys, values, scale, 0, softcap, sinks)[0])
     return torch.cat(out, 1)
 
 
@@ -161,7 +149,7 @@ def _append(store: Store, planes: list[Tensor], k: list[Tensor], v: list[Tensor]
         both, valid = [x.flatten(0, 1)[None] for x in both], valid[:1]
     for row, keep in enumerate(valid):
         for heads, n in _runs(count[row]):
-            for side, x in zip(SIDES, both, strict=True):
+            for side, x in zip(store.sides, both, strict=False):
                 new = x[row, heads] if every else x[row, heads][:, keep]
                 pages.add(store, side, tiers[side], row, heads, n, new)
 
@@ -182,7 +170,9 @@ def storable(k: list[Tensor], v: list[Tensor], k_limits: list[float], v_limits: 
 def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Tensor,
            valid: Tensor, sinks: Tensor | None, *, scale: float, window: int = 0,
            softcap: float = 0.0, store: str, slot: int = 0, layer: int = 0, mass: bool = False,
-           member: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+           member: int = 0, basis: Tensor | None = None, offset: Tensor | None = None,
+           cos: Tensor | None = None, sin: Tensor | None = None, style: str = ""
+           ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention over what is stored and, causally, over this call's exact tokens.
 
     Of layers stored together it is the one of number `member` that attends.
@@ -191,11 +181,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Ten
     fp32; and with `mass` [B, H, Store.places + S] in fp32, else [B, H, 0]: what the token of each
     number gets of the softmax weights, summed over the query heads of its kv head and over S; this
     call's tokens have the numbers that they will be stored under. 0, -inf and 0 for padding.
+    With `basis` or `cos` the keys are rebuilt from what is stored and from k
+    (`kernels/rebuild.py`); cos and sin have a row for each token of the sequence by number, this
+    call's too.
     """
     parsed, (batch, heads_, tokens, _) = Store.parse(store), k.shape
     dims = (k.shape[-1], v.shape[-1])
     count, tiers = _tiers(parsed, planes, dims, k.dtype, [slot])
-    group = q.shape[1] // heads_
+    group, rebuild = q.shape[1] // heads_, Rebuild(basis, offset, cos, sin, style)
     o = q.new_zeros(batch, tokens, q.shape[1], v.shape[-1]).transpose(1, 2)  # as attention's
     lse = torch.full(q.shape[:-1], -torch.inf, device=q.device)
     sizes = [x.shape for x in planes]
@@ -210,7 +203,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Ten
             if new[0].shape[1] == 0:
                 continue
             old = [pages.stored(parsed, side, tiers[side], row, heads, n)
-                   .narrow(-1, member * dim, dim) for side, dim in zip(SIDES, dims, strict=True)]
+                   .narrow(-1, member * dim, dim)
+                   for side, dim in zip(parsed.sides, dims, strict=False)]
+            if parsed.v_in_k:
+                old.append(old[0][..., : v.shape[-1]])
+            if not rebuild.idle:
+                own, after = rebuild.heads(heads, heads_).row(row), n + new[0].shape[1]
+                numbers = torch.tensor(parsed.numbers(n), dtype=torch.long, device=q.device)
+                old[0] = own.at(numbers).keys(old[0])
+                new[1] = own.at(slice(n, after)).keys(new[1])
             own_sinks = None if sinks is None else sinks[queries]
             # a window that the store has already applied needs no mask for a single query
             if new[0].shape[1] == 1 and (not window or old[0].shape[1] < window):
@@ -224,6 +225,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Ten
                 o[row, queries][:, keep], lse[row, queries][:, keep] = out
             if mass:
                 all_k = torch.cat([old[0], new[1]], 1)
-                weights[row, heads, : all_k.shape[1]] = weight_of(new[0], all_k, out[1], scale,
-                                                                  window, softcap)
+                each = weight_of(new[0], all_k, out[1], scale, window, softcap)
+                weights[row, heads, : all_k.shape[1]] = each.unflatten(
+                    0, (heads.stop - heads.start, -1)).sum(1)
     return o, lse, weights

@@ -47,6 +47,8 @@ def missing(store: Store, dims: tuple[int, int], dtype: torch.dtype, what: str) 
     """Why a tier has no Triton reader or writer, `what`; or None."""
     if dtype not in TRITON:
         return f"no kernel for {str(dtype).removeprefix('torch.')}"
+    if store.v_in_k:
+        return f"V is part of K, which has no Triton {what}"
     if what == "writer" and store.members > 1:
         return f"{store.members} layers that are stored together have no Triton writer"
     for side, dim in zip(SIDES, dims, strict=True):

@@ -71,7 +71,8 @@ class Alone:
                   sinks: Tensor | None, *, store: str = "store", layer: int = 0, **options: Any
                   ) -> Tensor:
         """As the op."""
-        if not Store.parse(store).exact or self._no_kernel(Store.parse(store), q, k, v, valid):
+        parsed = Store.parse(store)
+        if _rebuilt(options) or not parsed.exact or self._no_kernel(parsed, q, k, v, valid):
             return ATTENTION(q, k, v, positions, valid, sinks, store=store, **options)
         return self._attention(ATTENTION, [], q, k, v, positions, valid, sinks, options)
 
@@ -80,7 +81,7 @@ class Alone:
                **options: Any) -> tuple[Tensor, ...]:
         """As the op; only o where a kernel gives it."""
         parsed, dims = Store.parse(store), (k.shape[-1], v.shape[-1])
-        if options.get("mass") or self._no_kernel(parsed, q, k, v, valid):
+        if options.get("mass") or _rebuilt(options) or self._no_kernel(parsed, q, k, v, valid):
             return ATTEND(q, k, v, planes, positions, valid, sinks, store=store, slot=slot,
                           **options)
         own = _of_layer(parsed, dims, k.dtype, planes, slot)
@@ -116,6 +117,11 @@ class Alone:
         if key not in self._compiled:
             self._compiled[key] = _compile(call, planes, given, rows)
         return self._compiled[key](*(plane for _, plane in planes), *given)[0]
+
+
+def _rebuilt(options: dict[str, Any]) -> bool:
+    """Whether keys are computed from what is stored, which no kernel does."""
+    return options.get("basis") is not None or options.get("cos") is not None
 
 
 def _of_layer(store: Store, dims: tuple[int, int], dtype: torch.dtype, planes: list[Tensor],

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from kvcompile.engine import Engine
-from kvcompile.errors import LawError
+from kvcompile.errors import KVCompileError, LawError
 from kvcompile.ir import ATTEND, ATTENTION, argument, attention_nodes
 from kvcompile.laws import How, View, bound, fault, oracle
 from kvcompile.own_cache import OwnCache
@@ -112,6 +112,10 @@ class Run:
         own = replace(program, phases={p: tapped(gm) for p, gm in program.phases.items()})
         self.engine, self.program = Engine(own, compile), program
         self.sites = program.sites
+        rebuilt = [site.layer for site in self.sites if site.rebuilt]
+        if rebuilt:
+            raise KVCompileError(f"layer {rebuilt[0]} computes its keys anew at every read, which "
+                                 "the laws do not cover: verify=False")
         self.cache = OwnCache(self.sites, str(program.recipe), "audit")
         self.seen: list[list[tuple[Tensor, Tensor]]] = []   # [layer][row] (k, v) [H, T, D]
         self.ids: list[Tensor] = []                         # [row] position ids [T]

@@ -108,6 +108,9 @@ class Engine:
                 else:
                     inputs.append(plane)
                     dynamic.append([d + 1 for d in rows])
+        if any(site.rotated for site in self.sites):
+            inputs.append(torch.zeros(batch, next(sizes), dtype=torch.long, device=device))
+            dynamic.append([*rows, 1])
         gm = copy_graph(self.program.phases["extend"])
         merge_linears(gm, inputs)
         return compile_graph(gm, inputs, dynamic)

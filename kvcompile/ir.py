@@ -18,7 +18,9 @@ False for padding: such tokens are neither seen nor stored). `store` is the text
 `kvcompile.store.Store`; `planes` are its tensors in `Store.planes` order, shared by all layers of
 a group, and a layer's index there is its `slot`. Of layers that are stored together, `members` by
 number, k and v come in order, and each of them is a `member` of the slot. `window` counts tokens
-of the row, the query included (0: no window). The bodies live in `kernels/`.
+of the row, the query included (0: no window). Where k is less than the keys, they are
+rope(k basis^T + offset) with basis [H', Dq, Dk], offset [H', Dq], cos and sin [B or 1, 1, N, R] of
+N tokens, all optional. The bodies live in `kernels/`.
 """
 
 from collections.abc import Callable
@@ -37,7 +39,8 @@ LIB = torch.library.Library("kvc", "DEF")
 LIB.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor valid, Tensor? sinks, *, "
     "float scale, int window=0, float softcap=0.0, str store='store', int layer=0, "
-    "int[] members=[]) -> Tensor"
+    "int[] members=[], Tensor? basis=None, Tensor? offset=None, Tensor? cos=None, "
+    "Tensor? sin=None, str style='') -> Tensor"
 )
 LIB.define("rope(Tensor x, Tensor cos, Tensor sin, *, str style) -> Tensor")
 LIB.define(
@@ -47,7 +50,8 @@ LIB.define(
 LIB.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor[] planes, Tensor positions, Tensor valid, "
     "Tensor? sinks, *, float scale, int window=0, float softcap=0.0, str store, int slot=0, "
-    "int layer=0, bool mass=False, int member=0) -> (Tensor, Tensor, Tensor)"
+    "int layer=0, bool mass=False, int member=0, Tensor? basis=None, Tensor? offset=None, "
+    "Tensor? cos=None, Tensor? sin=None, str style='') -> (Tensor, Tensor, Tensor)"
 )
 LIB.define("storable(Tensor[] k, Tensor[] v, float[] k_limits, float[] v_limits) -> Tensor")
 LIB.define(
@@ -75,7 +79,7 @@ OPS = (ATTENTION, ROPE, APPEND, ATTEND, STORABLE)
 @torch.library.register_fake("kvc::attention", lib=LIB)
 def _(  # type: ignore[no-untyped-def]
     q, k, v, positions, valid, sinks, *, scale, window=0, softcap=0.0, store="store", layer=0,
-    members=(),
+    members=(), basis=None, offset=None, cos=None, sin=None, style="",
 ):
     batch, heads, tokens, _ = q.shape  # in memory the heads of a token lie together
     return q.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
@@ -94,7 +98,7 @@ def _(planes, k, v, positions, valid, *, store, slots):  # type: ignore[no-untyp
 @torch.library.register_fake("kvc::attend", lib=LIB)
 def _(  # type: ignore[no-untyped-def]
     q, k, v, planes, positions, valid, sinks, *, scale, window=0, softcap=0.0, store, slot=0,
-    layer=0, mass=False, member=0,
+    layer=0, mass=False, member=0, basis=None, offset=None, cos=None, sin=None, style="",
 ):
     o = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
     dims, (batch, heads) = (k.shape[-1], v.shape[-1]), k.shape[:2]

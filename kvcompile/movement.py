@@ -110,6 +110,13 @@ def feeds(node: Node) -> list[Node]:
     return inputs[:1] if packet(op) in CASTS else inputs
 
 
+def origin(node: Node) -> Node:
+    """Where `node`, positions, is copied from."""
+    while (moves(node) or packet(node) in CASTS) and len(feeds(node)) == 1:
+        node = feeds(node)[0]
+    return node
+
+
 def constant(node: Node) -> bool:
     """Whether `node` is a parameter or buffer, or computed from such alone."""
     todo, seen = [node], {node}

@@ -86,7 +86,7 @@ class State:
         self.model, self.program, self.engine = model, program, engine
         self.max_length, self.prefill_chunk = max_length, prefill_chunk
         self.owner = f"{type(model).__name__}-{id(self):x}"
-        self.weights = _weights(model)
+        self.weights, self.derived = _weights(model), _versions(program)
         self.warned, self.verify = False, verify
         self.audit: Audit | None = None
 
@@ -102,6 +102,13 @@ class State:
                            compile=self.engine.compile)
         log.info("the laws hold:\n%s", self.audit)
 
+    def check_derived(self) -> None:
+        """What other weights were computed from must not have changed, in place or otherwise."""
+        stale = [n for n, version in _versions(self.program).items() if version != self.derived[n]]
+        if stale:
+            raise KVCompileError(f"{stale[0]} changed after optimize(), which computed other "
+                                 "weights from it; call kvcompile.optimize again")
+
     def check_weights(self, model: PreTrainedModel) -> None:
         """Values changed in place are used as they are; replaced parameters are refused."""
         now = _weights(model)
@@ -116,6 +123,19 @@ class State:
 def _weights(model: PreTrainedModel) -> dict[str, tuple]:
     return {n: (p.data_ptr(), p.dtype, p.device, tuple(p.shape), type(p))
             for n, p in model.named_parameters()}
+
+
+def _versions(program: Program) -> dict[str, int]:
+    """How often the parameters were changed that buffers of the graph were computed from."""
+    gm, found = program.snapshots["capture"], dict[str, int]()
+    for node in program.graph_module.graph.nodes:
+        for name in node.meta.get("derived", ()):
+            value: Any = gm
+            for part in name.split("."):
+                value = getattr(value, part, None)
+            if isinstance(value, Tensor) and not value.is_inference():
+                found[name] = value._version
+    return found
 
 
 class Optimized(PreTrainedModel):
@@ -152,6 +172,7 @@ class Optimized(PreTrainedModel):
         ids = input_ids if input_ids is not None else given.new_zeros(batch, tokens).long()
         if past == 0:
             self.kvcompile.check_weights(self)
+            self.kvcompile.check_derived()
             if use_cache and inputs_embeds is None:
                 self.kvcompile.verify_on(ids, position_ids, valid)
         with torch.no_grad():

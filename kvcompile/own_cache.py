@@ -48,7 +48,8 @@ class OwnCache(KVCache):
         return self._ids[row, : self._columns][self._valid[row, : self._columns]]
 
     def begin(self, valid: Tensor, positions: Tensor) -> list[Tensor]:
-        """Make room for a call's tokens (valid, positions [B, S]); the planes of all groups, flat.
+        """Make room for a call's tokens (valid, positions [B, S]); the planes of all groups, flat,
+        and, where keys are rotated at read and some are stored, their position ids by number.
 
         Raises CacheFullError before anything is changed, and KVCompileError for another batch size.
         """
@@ -75,7 +76,10 @@ class OwnCache(KVCache):
             group.reserve(counts)
         self._note(valid, positions)
         self._torn = True
-        return [p for group in self.groups for p in group.planes]
+        planes = [p for group in self.groups for p in group.planes]
+        if self._columns and any(site.rotated for site in self._sites):
+            planes.append(self._positions_by_number().to(valid.device))
+        return planes
 
     def commit(self, tokens: int) -> None:
         """The call's tokens have been stored."""
@@ -97,6 +101,14 @@ class OwnCache(KVCache):
             self._ids = torch.nn.functional.pad(self._ids, (0, grown))
         self._valid[:, self._columns : end] = valid
         self._ids[:, self._columns : end] = positions
+        self._last = valid.shape[1]
+
+    def _positions_by_number(self) -> Tensor:
+        """int64 [B, N]: the position ids of a call's tokens and of all before them, by number."""
+        end = self._columns + self._last
+        rows = [ids[:end][valid[:end]].long()
+                for ids, valid in zip(self._ids, self._valid, strict=True)]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def same_columns(self, mask: Tensor) -> bool:
         """Whether `mask` [B, columns] agrees with the padding that the cache was given."""

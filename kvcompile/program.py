@@ -79,6 +79,7 @@ class Program:
         start = self.snapshots["capture"]
         text = (start.meta.setdefault("text", Text(self)) if calibration is None
                 else Text(self, checked(calibration)))
+        start.meta["text"] = text  # what is lowered later reads it too
         recipe = calibrated(Recipe.parse(recipe), self, text)
         out = Program(self.name, copy_graph(start), recipe, snapshots={"capture": start},
                       seconds={"capture": self.seconds["capture"]})

@@ -14,7 +14,7 @@ from kvcompile.recipe import Recipe
 from kvcompile.registry import module
 from kvcompile.rewrite import Outcome, Pass, Refused, Rewritten, copy_graph, passes, run_passes
 from kvcompile.site import Site
-from kvcompile.store import SIDES, Store
+from kvcompile.store import Store
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ def fused(site: Site) -> dict[str, str]:
     attend, append = module("kernels", "cpp_attend"), module("kernels", "cpp_append")
     shape = attend.Shape(site.heads, site.q_heads // site.heads, site.dims, site.dtype, 1.0,
                          site.window)
-    found = {"attend": attend.unsupported(site.store, shape),
+    found = {"attend": "keys are rebuilt at read" if site.rebuilt else
+                       attend.unsupported(site.store, shape),
              "append": append.unsupported(site.store, site.dims, site.dtype)}
     return {op: reason for op, reason in found.items() if reason}
 
@@ -78,11 +79,16 @@ def stored(site: Site) -> str:
 def storage(store: Store) -> str:
     """A store in short: a line for K and one for V (one if alike), and one for what is kept."""
     lines = []
-    for side in map(store.side, SIDES):
+    for side in map(store.side, store.sides):
         block = f", {side.block} at a time" if side.block > side.format.step else ""
         lag = f", last {side.lag} exact" if side.lag else ""
         lines.append(f"{term_of(side.format)}{block}{lag}")
-    lines = [f"K, V {lines[0]}"] if lines[0] == lines[1] else [f"K {lines[0]}", f"V {lines[1]}"]
+    if store.v_in_k:
+        lines = [f"K {lines[0]}, V is part of K"]
+    elif lines[0] == lines[1]:
+        lines = [f"K, V {lines[0]}"]
+    else:
+        lines = [f"K {lines[0]}", f"V {lines[1]}"]
     kept = [f"{word} {n}" for word, n in (("first", store.sinks), ("last", store.window)) if n]
     if kept:
         lines.append(f"{' and '.join(kept)} tokens" + ("" if store.window else " exact"))
@@ -94,7 +100,7 @@ def bytes_per_token(site: Site) -> float:
     total, members = 0.0, site.store.members
     if site.owner is not None:
         return total
-    for side, dim in zip(SIDES, site.dims, strict=True):
+    for side, dim in zip(site.store.sides, site.dims, strict=False):
         tier = "body" if "body" in site.store.tiers(side) else "recent"
         fmt = site.store.format(side, tier)
         total += site.heads * step_bytes(fmt, dim * members, site.dtype, side) / fmt.step

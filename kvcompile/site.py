@@ -16,7 +16,8 @@ class Site:
 
     Layers that attend to the same K and V share what is stored: for all but the first of them
     `owner` is that first one, which stores them, and `store` is the owner's. `members` are the
-    layers whose tokens one slot holds side by side; the first of them names the slot.
+    layers whose tokens one slot holds side by side; the first of them names the slot. `heads` and
+    `dims` are those of what is stored.
     """
 
     layer: int
@@ -28,6 +29,8 @@ class Site:
     store: Store
     owner: int | None = None
     members: tuple[int, ...] = ()
+    rebuilt: bool = False  # keys are computed from what is stored at every read
+    rotated: bool = False  # and rotated then
 
     @property
     def place(self) -> tuple[int, int]:
@@ -43,7 +46,8 @@ class Site:
     @property
     def exact_bytes_per_token(self) -> int:
         """Bytes that one token's K and V take uncompressed."""
-        return self.heads * sum(self.dims) * self.dtype.itemsize
+        dims = self.dims[: len(self.store.sides)]
+        return self.heads * sum(dims) * self.dtype.itemsize
 
 
 def sites(graph: Graph) -> tuple[Site, ...]:
@@ -75,4 +79,6 @@ def _site(layer: int, node: Node, owner: int | None) -> Site:
     q, k, v = (argument(node, n).meta["val"] for n in "qkv")
     return Site(layer, int(q.shape[1]), int(k.shape[1]), (int(k.shape[3]), int(v.shape[3])),
                 k.dtype, argument(node, "window"), Store.parse(argument(node, "store")), owner,
-                tuple(argument(node, "members")))
+                tuple(argument(node, "members")),
+                any(argument(node, n) is not None for n in ("basis", "cos")),
+                argument(node, "cos") is not None)

@@ -152,8 +152,8 @@ class _Walk:
         return tuple(sorted(out, key=lambda x: x.channels))
 
     def linear(self, leaf: Node, rows: Tensor, path: tuple[Node, ...]) -> Linear:
-        product, bias = _split(leaf)
-        weight, transposed = _weight(product)
+        product, bias = split_bias(leaf)
+        weight, transposed = weight_of(product)
         x = product.args[1 if packet(product) is aten.addmm else 0]
         assert isinstance(x, Node)
         try:
@@ -170,8 +170,8 @@ class _Walk:
         return self.known[node]
 
     def trace(self, node: Node) -> tuple[Tensor, Tensor]:
-        if _is_linear(node):
-            _weight(_split(node)[0])
+        if is_linear(node):
+            weight_of(split_bias(node)[0])
             numbers = self.probe.numbers(node, self.starts[-1])
             self.leaves.append(node)
             self.starts.append(self.starts[-1] + numbers.numel())
@@ -202,14 +202,14 @@ class _Walk:
         return index + start
 
 
-def _is_linear(node: Node) -> bool:
-    op = _split(node)[0]
+def is_linear(node: Node) -> bool:
+    op = split_bias(node)[0]
     if packet(op) in PRODUCTS:
         return isinstance(op.args[1], Node) and constant(op.args[1])
     return packet(op) in (aten.linear, aten.addmm) and not op.kwargs
 
 
-def _split(node: Node) -> tuple[Node, str | None]:
+def split_bias(node: Node) -> tuple[Node, str | None]:
     """The product that `node` is, and the name of the bias that is added to it."""
     product, bias = node, None
     if packet(node) is aten.linear:
@@ -230,7 +230,7 @@ def _last(node: Node) -> int:
     return int(node.meta["val"].shape[-1])
 
 
-def _weight(product: Node) -> tuple[str, bool]:
+def weight_of(product: Node) -> tuple[str, bool]:
     """The name of the weight of `product`, and whether it is [in, out]."""
     weight = product.args[2 if packet(product) is aten.addmm else 1]
     transposed = packet(product) is not aten.linear

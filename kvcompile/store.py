@@ -73,6 +73,7 @@ class Store:
     """The storage of one layer. Its text is a term: `store(k=int(bits=4), k_block=128, ...)`.
 
     `members` layers may share a store: formats are then given their channels side by side.
+    `v_in_k`: V is the first channels of K, as in multi-head latent attention, and has no planes.
     """
 
     k: Side
@@ -80,6 +81,7 @@ class Store:
     sinks: int = 0
     window: int = 0
     members: int = 1
+    v_in_k: bool = False
 
     @staticmethod
     @cache
@@ -88,13 +90,15 @@ class Store:
         term = parse_term(text)
         axes = {f"{axis}.{s}": term.get(name) for s in SIDES
                 for axis, name in (("format", s), ("block", f"{s}_block"), ("lag", f"{s}_lag"))}
-        axes |= {name: term.get(name) for name in ("sinks", "window")}
+        axes |= {name: term.get(name) for name in ("sinks", "window", "v_in_k")}
         store = Store.of({a: v for a, v in axes.items() if v is not None})
         return replace(store, members=term.get("members", 1))  # type: ignore[arg-type]
 
     @staticmethod
     def of(axes: Mapping[str, object], own: int = 0) -> "Store":
         """The store for a layer's axes: format.k, block.k, lag.k, the same of v, sinks, window.
+
+        With `v_in_k` those of v are not read.
 
         A layer whose own attention window is `own` sees own - 1 earlier tokens, so no more are
         kept: that is exact. There a recipe's sinks would be out of sight; its budget is spent on
@@ -109,11 +113,12 @@ class Store:
         if own:
             window = min(max(own - 1, 1), sinks + window if window else own)
             sinks = 0
-        return Store(side("k"), side("v"), sinks, window)
+        inside = bool(axes.get("v_in_k", False))
+        return Store(side("k"), side("k" if inside else "v"), sinks, window, v_in_k=inside)
 
     def __str__(self) -> str:
         args: list[tuple[str, object]] = []
-        for name in SIDES:
+        for name in self.sides:
             side = self.side(name)
             if term_of(side.format) != DENSE:
                 args.append((name, term_of(side.format)))
@@ -121,7 +126,7 @@ class Store:
                 args.append((f"{name}_block", side.block))
             if side.lag:
                 args.append((f"{name}_lag", side.lag))
-        args += [(n, getattr(self, n)) for n in ("sinks", "window") if getattr(self, n)]
+        args += [(n, getattr(self, n)) for n in ("sinks", "window", "v_in_k") if getattr(self, n)]
         if self.members > 1:
             args.append(("members", self.members))
         return str(Term("store", tuple(args)))  # type: ignore[arg-type]
@@ -129,10 +134,24 @@ class Store:
     def side(self, name: str) -> Side:
         return self.k if name == "k" else self.v
 
+    def with_v_in_k(self) -> "Store":
+        """The same, V being the first channels of K."""
+        return replace(self, v=self.k, v_in_k=True)
+
+    @property
+    def sides(self) -> tuple[SideName, ...]:
+        """What has planes of its own."""
+        return SIDES[:1] if self.v_in_k else SIDES
+
     @property
     def exact(self) -> bool:
         """Whether every token is kept as it is."""
-        return self == Store.parse("store")
+        return self.plain and not self.window
+
+    @property
+    def plain(self) -> bool:
+        """Whether tokens are kept as they are until the window drops them."""
+        return replace(self, window=0, v_in_k=False) == Store.parse("store")
 
     @cached_property
     def grain(self) -> int:
@@ -170,6 +189,8 @@ class Store:
 
     def tiers(self, name: str) -> tuple[str, ...]:
         """The tiers of K or of V that can hold tokens."""
+        if name not in self.sides:
+            return ()
         tiers = ["sinks"] if self.sinks else []
         if self.ring(name, "body") != 0:
             tiers.append("body")

@@ -59,8 +59,13 @@ def _problem(node: Node) -> str:
                for n in "qkv")
     if k is not None and v is not None and (len(k) != 4 or len(v) != 4 or k[1] != v[1]):
         return f"k {tuple(k)} and v {tuple(v)} must be [B, H, S, D] with the same heads"
-    if q is not None and k is not None and (q[1] % k[1] or q[3] != k[3]):
-        return f"q {tuple(q)} does not fit k {tuple(k)}: heads must divide and Dk be equal"
+    basis = _shape(node, "basis") if q is not None else None
+    if basis is not None and k is not None and (basis[0] % k[1] or basis[2] != k[3]):
+        return f"basis {tuple(basis)} does not rebuild keys from k {tuple(k)}"
+    if q is not None and k is not None:
+        heads, dim = (k[1], k[3]) if basis is None else (basis[0], basis[1])
+        if q[1] % heads or q[3] != dim:
+            return f"q {tuple(q)} does not fit k {tuple(k)}: heads must divide and Dk be equal"
     if node.target in (ATTENTION, ATTEND) and argument(node, "scale") is None:
         return "scale is missing"
     if k is not None and v is not None:

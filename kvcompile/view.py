@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvcompile.laws import Contract, View
 from kvcompile.registry import module
-from kvcompile.store import SIDES, Store
+from kvcompile.store import Store
 
 if TYPE_CHECKING:
     from kvcompile.cache import KVCache
@@ -28,11 +28,13 @@ def slots(cache: KVCache, layer: int, row: int) -> tuple[Tensor, Tensor, Tensor]
     named = pages.named(group.specs, group.planes, [slot])
     ids, counts = cache.positions(layer)[row], named["count"][row].tolist()
     out = [torch.zeros(site.heads, ids.shape[1], dim) for dim in site.dims]
-    for side, x in zip(SIDES, out, strict=True):
+    for side, x in zip(site.store.sides, out, strict=False):
         tiers = pages.tiers(site.store, side, named, x.shape[-1], torch.float32)
         for head, count in enumerate(counts):
             own = pages.stored(site.store, side, tiers, row, slice(head, head + 1), count)[0]
             x[head, : len(own)] = own.narrow(-1, member * x.shape[-1], x.shape[-1])
+    if site.store.v_in_k:
+        out[1] = out[0][..., : site.dims[1]]
     return ids, out[0], out[1]
 
 
@@ -59,7 +61,7 @@ def contract(store: Store, k: Tensor, v: Tensor, member: int = 0) -> Contract:
     absent.
     """
     eps: dict[str, Tensor] = {}
-    for side, x in zip(SIDES, (k, v), strict=True):
+    for side, x in zip(store.sides, (k, v), strict=False):
         span = store.spans(side, x.shape[1])["body"]
         eps[side] = torch.zeros(x.shape, dtype=torch.float64)
         if span.end:
@@ -72,6 +74,8 @@ def contract(store: Store, k: Tensor, v: Tensor, member: int = 0) -> Contract:
             eps[side][:, at] = bound
         dim = x.shape[-1] // store.members
         eps[side] = eps[side].narrow(-1, member * dim, dim)
+    if store.v_in_k:
+        eps["v"] = eps["k"][..., : v.shape[-1]]
     kept = torch.tensor(store.numbers(k.shape[1]), dtype=torch.long)
     dropped = torch.ones(k.shape[:2], dtype=torch.bool).index_fill(1, kept, False)
     return Contract(eps["k"], eps["v"], dropped)

@@ -9,7 +9,15 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from kvcompile.ir import ATTENTION, ROPE, argument, attention_nodes
-from kvcompile.movement import CASTS, LARGE, Probe, chokepoints, feeds, is_tensor, moves, packet
+from kvcompile.movement import (
+    LARGE,
+    Probe,
+    chokepoints,
+    feeds,
+    is_tensor,
+    origin,
+    packet,
+)
 from kvcompile.plan import LayerPlan
 from kvcompile.rewrite import Outcome, Refused, Rewritten
 from kvcompile.rotation import Column, Rotation, Style, find_rotation, halves, width
@@ -68,7 +76,7 @@ class _Finder:
 
     def __init__(self, gm: GraphModule) -> None:
         self.gm, self.probe = gm, Probe()
-        self.positions = {_origin(argument(n, "positions")) for n in attention_nodes(gm.graph)}
+        self.positions = {origin(argument(n, "positions")) for n in attention_nodes(gm.graph)}
         self.content: set[Node] = set()
         self.positional: set[Node] = set()  # depends on positions and not on tokens
         for n in gm.graph.nodes:
@@ -173,13 +181,6 @@ class _Finder:
                 kwargs: Any = map_arg(node.kwargs, lambda n: self.evaluate(n, known))
                 known[node] = node.target(*args, **kwargs)
         return known[node]
-
-
-def _origin(node: Node) -> Node:
-    """Where `node`, positions, is copied from."""
-    while (moves(node) or packet(node) in CASTS) and len(feeds(node)) == 1:
-        node = feeds(node)[0]
-    return node
 
 
 class _Writer:

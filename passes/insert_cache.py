@@ -9,6 +9,9 @@ v of an earlier one reads that one's slot and stores nothing. The outputs become
 `ok[i]` tells whether K and V of the i-th layer that stores some could be stored. Tokens are stored
 only up to the first that is not ok (prefill, where each layer's K and V are freed once stored) or
 only if all are (extend, which stores each group at its very end): so a call either counts or not.
+
+Where keys are rotated at read, the extend graph has one input more, the last: the position ids of
+all tokens by number, int64 [B, N], those of the call included.
 """
 
 import operator
@@ -19,6 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from kvcompile.angles import Angles
 from kvcompile.ir import APPEND, ATTEND, STORABLE, argument, attention_nodes
 from kvcompile.plan import LayerPlan
 from kvcompile.rewrite import Outcome, Rewritten
@@ -85,8 +89,12 @@ def _prefill(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: lis
 def _extend(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list[Shared]) -> Node:
     """Attend to what is stored, and store all layers of a group together at the end."""
     place, owners = _places(shared), [site for site in sites if site.owner is None]
+    angles = Angles(graph, nodes) if any(site.rotated for site in sites) else None
     for site, node in zip(sites, nodes, strict=True):
         with graph.inserting_before(node):
+            if angles and site.rotated:
+                tables = {n: angles.by_number(argument(node, n)) for n in ("cos", "sin")}
+                node.kwargs = {**node.kwargs, **tables}
             layer, member = site.place
             _attend(graph, node, *place[layer], member)
     with graph.inserting_before(graph.output_node()):
@@ -140,6 +148,8 @@ def _attend(graph: Graph, node: Node, planes: list[Node], slot: int, member: int
     q, k, v, positions, valid, sinks = (
         argument(node, n) for n in ("q", "k", "v", "positions", "valid", "sinks"))
     options = {n: argument(node, n) for n in ("scale", "window", "softcap", "store")}
+    options |= {n: node.kwargs[n] for n in ("basis", "offset", "cos", "sin", "style")
+                if n in node.kwargs}
     if member:
         options["member"] = member
     both = _call(graph, ATTEND, q, k, v, planes, positions, valid, sinks, **options, slot=slot,

@@ -34,9 +34,10 @@ class Quantize:
             if not axes:
                 continue
             old = Store.parse(argument(node, "store"))
-            store = replace(Store.of(axes), sinks=old.sinks, window=old.window)
+            store = replace(Store.of({**axes, "v_in_k": old.v_in_k}), sinks=old.sinks,
+                            window=old.window)
             words = []
-            for side in SIDES:
+            for side in store.sides:
                 value = argument(node, side).meta["val"]
                 fmt = store.side(side).format
                 try:

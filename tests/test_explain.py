@@ -107,7 +107,7 @@ def test_what_has_no_kernel_says_why() -> None:
     report = kvcompile.explain(tiny("llama", head_dim=24), "fp8")
     rows = report.rows
     assert "eager body (layers 0-3): kvc.attend runs its plain body: head" in str(report)
-    why = "head dimension 24 is not a multiple of 16 up to 512"
+    why = "head dimension 24 is not a multiple of 16 up to 1024"
     assert {row.kernel for row in rows} == {"eager body"}
     assert {row.why for row in rows} == {f"kvc.attend runs its plain body: {why}; "
                                          f"kvc.append runs its plain body: {why}"}

@@ -34,8 +34,10 @@ class Case:
         members = self.store.members
         every = [[torch.randn(rows, heads, most, d, generator=g).to(dtype) for d in dims]
                  for _ in range(members)]
-        for k, _ in every:
-            k[..., 5] *= 8                                          # an outlier channel
+        for both in every:
+            both[0][..., 5] *= 8                                    # an outlier channel
+            if self.store.v_in_k:
+                both[1] = both[0][..., : dims[1]]
         self.layers = Group([site, site], rows, torch.device("cpu"))
         self.layers.reserve(list(lengths))
         valid = torch.arange(most)[None] < torch.tensor(lengths)[:, None]
@@ -44,6 +46,8 @@ class Case:
         APPEND(self.layers.planes, keys, values, at, valid, store=str(self.store), slots=[1])
         self.q = torch.randn(rows, heads * group, 1, dims[0], generator=g).to(dtype)
         self.k, self.v = (torch.randn(rows, heads, 1, d, generator=g).to(dtype) for d in dims)
+        if self.store.v_in_k:
+            self.v = self.k[..., : dims[1]]
         size = torch.norm if members > 1 else torch.amax  # a direction's largest number is 1
         self.k_peak, v_peak = (max(float(size(x.float().abs(), dim=-1).max()) for x in side)
                                for side in (keys, values))
@@ -161,6 +165,11 @@ QUICK = {
                           "group=128)), v=outliers(of=nuq(table=[-0.9, -0.2, 0.3, 0.8])), "
                           "sinks=1)"),
     "fp16": dict(store=KIVI.format(2, 32), dtype=torch.float16, group=9),
+    "latent": dict(store="store(v_in_k=true)", heads=1, group=16, dims=(48, 32)),
+    "latent-coded": dict(store="store(k=int(bits=4, axis=channel, group=32), k_block=128, "
+                         "v_in_k=true)", heads=1, group=4, dims=(96, 48), dtype=torch.bfloat16),
+    "latent-int8": dict(store="store(k=int(group=16), k_lag=9, sinks=3, v_in_k=true)", heads=2,
+                        group=5, dims=(80, 64)),
     "direction": dict(store=MERGED.format(4), member=1, dims=(64, 96)),
     "direction-bf16": dict(store=MERGED.format(2), dtype=torch.bfloat16, group=4, member=1),
     "direction-window": dict(store="store(k=direction(of=dense, kept=0), v=direction(t=0.2), "
@@ -200,6 +209,14 @@ def test_head_sizes_and_ratios(bits, dim, group, dtype):
 def test_axes_and_groups(bits, axes, group, dtype):
     k, v = (f"int(bits={bits}, axis={axis}, group={group})" for axis in axes)
     Case(f"store(k={k}, v={v})", dims=(128, 128), dtype=dtype).check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("queries", [16, 128])
+@pytest.mark.parametrize("store", ["store(v_in_k=true)", "store(k=int(group=64), v_in_k=true)"])
+def test_latents_of_real_models(store, queries):
+    """DeepSeek-V2-Lite's and V3's: rank 512 and 64 rotary channels."""
+    Case(store, 1, queries, (576, 512), torch.bfloat16, lengths=(300,)).check()
 
 
 @pytest.mark.parametrize("store", ["store", "store(k=int, v=int(bits=4))"])

@@ -16,6 +16,8 @@ from kvcompile.ir import APPEND, ATTEND, LIB, argument
 from kvcompile.kernels import eager, triton_append, triton_attend, triton_launch, triton_source
 from kvcompile.store import Store
 
+REBUILD = ("basis", "offset", "cos", "sin", "style")  # operands of keys that are rebuilt at read
+
 
 def unsupported(op: Any, store: Store, heads: int, queries: int, dims: tuple[int, int],
                 dtype: torch.dtype) -> str | None:
@@ -33,8 +35,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, planes: Sequence[Tensor], positions
             ) -> tuple[Tensor, Tensor, Tensor]:
     dims = (k.shape[3], v.shape[3])
     why = unsupported(ATTEND, Store.parse(store), k.shape[1], q.shape[1], dims, q.dtype)
-    run = eager.attend if why else triton_launch.attend
-    return run(q, k, v, list(planes), positions, valid, sinks, store=store, **options)
+    rebuild = {name: options.pop(name, None) for name in REBUILD}
+    if why or any(rebuild[name] is not None for name in REBUILD[:4]):
+        return eager.attend(q, k, v, list(planes), positions, valid, sinks, store=store,
+                            **options, **{n: x for n, x in rebuild.items() if x is not None})
+    return triton_launch.attend(q, k, v, list(planes), positions, valid, sinks, store=store,
+                                **options)
 
 
 def _append(planes: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], positions: Tensor,
@@ -65,6 +71,8 @@ def _refused(node: Node) -> str | None:
     keys, values = ((x[0] if many else x).meta.get("val") for x in (k, v))
     if keys is None or values is None:
         return "it was not traced"  # its CUDA body is launched as it is
+    if not many and any(argument(node, name) is not None for name in REBUILD[:4]):
+        return "keys are rebuilt at read"
     queries = keys.shape[1] if many else node.args[0].meta["val"].shape[1]  # type: ignore[union-attr]
     return unsupported(node.target, Store.parse(argument(node, "store")), int(keys.shape[1]),
                        int(queries), (int(keys.shape[3]), int(values.shape[3])), keys.dtype)

@@ -42,9 +42,11 @@ def linear(x: Any, weights: list[Any], biases: list[Any], *, gate: str = "") -> 
 
 @lowering(ATTENTION, cpp_attend, cpp_blockwise, *cpp_blockwise.FILES)
 def attention(q: Any, k: Any, v: Any, positions: Any, valid: Any, sinks: Any, *, scale: float,
-              window: int = 0, softcap: float = 0.0, store: str = "store", layer: int = 0) -> Any:
+              window: int = 0, softcap: float = 0.0, store: str = "store", layer: int = 0,
+              members: Any = (), basis: Any = None, offset: Any = None, cos: Any = None,
+              sin: Any = None, style: str = "") -> Any:
     """Any number of queries, each of which sees the exact tokens of the call."""
-    if not Store.parse(store).exact:
+    if not Store.parse(store).exact or basis is not None or cos is not None:
         return None
     shape = _shape(q, k, v, scale, window, softcap, sinks)._replace(stored=False)
     return _many(shape, q, k, v, [], valid, sinks, Store.parse(store))
@@ -53,10 +55,11 @@ def attention(q: Any, k: Any, v: Any, positions: Any, valid: Any, sinks: Any, *,
 @lowering(ATTEND, cpp_attend, cpp_blockwise, *cpp_blockwise.FILES)
 def attend(q: Any, k: Any, v: Any, planes: list[Any], positions: Any, valid: Any, sinks: Any, *,
            scale: float, window: int = 0, softcap: float = 0.0, store: str, slot: int = 0,
-           layer: int = 0, mass: bool = False, member: int = 0) -> Any:
+           layer: int = 0, mass: bool = False, member: int = 0, basis: Any = None,
+           offset: Any = None, cos: Any = None, sin: Any = None, style: str = "") -> Any:
     """Over what is stored, where the log-sum-exp is not asked for, and mass of one query only."""
     batch, heads, tokens, _ = q.get_size()
-    if _used(1):
+    if _used(1) or basis is not None or cos is not None:  # no kernel rebuilds keys
         return None
     parsed = Store.parse(store)
     shape = _shape(q, k, v, scale, window, softcap, sinks)._replace(mass=mass)

@@ -1,0 +1,25 @@
+"""The plain PyTorch body of kvc.rope."""
+
+import torch
+from torch import Tensor
+
+from kvcompile.ir import body
+
+
+@body("rope", inline=True)
+def rope(x: Tensor, cos: Tensor, sin: Tensor, *, style: str) -> Tensor:
+    """Rotate the first cos.shape[-1] channels of x [B, H, S, D]; the others pass through.
+
+    cos and sin broadcast against [B, H, S, R] and repeat each angle for both channels of a pair:
+    (i, i + R / 2) for style "half", (2 i, 2 i + 1) for style "interleaved".
+    """
+    r = cos.shape[-1]
+    head = x[..., :r]
+    if style == "half":
+        a, b = head.chunk(2, -1)
+        turned = torch.cat([-b, a], -1)
+    else:
+        a, b = head.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([-b, a], -1).flatten(-2)
+    head = head * cos + turned * sin
+    return head.contiguous() if r == x.shape[-1] else torch.cat([head, x[..., r:]], -1)
