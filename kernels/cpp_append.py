@@ -43,14 +43,15 @@ def functions(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> str:
 
 
 def statements(store: Store, dims: tuple[int, int], dtype: torch.dtype, heads: int,
-               slots: list[int], threads: int) -> str:
+               slots: list[int], threads: int, by_head: bool = False) -> str:
     """The kernel's statements: k0, v0, .. of the layers `slots`, of members one after another,
-    valid [B, S] and plane0.. (the count first, all written). Tokens of a head are stored one after
-    another; heads, and K and V, at the same time."""
+    valid [B, S] (or `by_head`, [B, H, S]) and plane0.. (the count first, all written). Tokens of a
+    head are stored one after another; heads, and K and V, at the same time."""
     number, members, pointer = len(slots), store.members, f"const {_cpp(dtype)}*"
     per = len(store.sides)
     name = f"kvc::{_name(store, dims, dtype)}::"
-    lines = [f"const int64_t batch = valid_size[0], tokens = valid_size[1], heads = {heads};",
+    number_of, row = ("valid_size[2]", "(b * heads + h)") if by_head else ("valid_size[1]", "b")
+    lines = [f"const int64_t batch = valid_size[0], tokens = {number_of}, heads = {heads};",
              f"const int64_t slots[] = {{{', '.join(map(str, slots))}}};"]
     for side in SIDES:
         names = ", ".join(f"({pointer}){side}{i}" for i in range(number * members))
@@ -65,7 +66,7 @@ def statements(store: Store, dims: tuple[int, int], dtype: torch.dtype, heads: i
               "  kvc::Tier " + ", ".join(f"{s}_{t}{{}}" for s in SIDES for t in TIERS) + ";"]
     lines += ["  " + line for line in tiers(store, dims, dtype, "", "place")]
     lines += ["  int64_t count = plane0[place];", "  for (int64_t t = 0; t < tokens; t++) {",
-              "    if (!valid[b * tokens + t]) continue;"]
+              f"    if (!valid[{row} * tokens + t]) continue;"]
     for side, dim in zip(store.sides, dims, strict=False):
         up = side.upper()
         types = ", ".join(f"{name}{up}{part}" for part in ("Queue", "Sinks", "Body", "Recent"))
@@ -79,8 +80,9 @@ def statements(store: Store, dims: tuple[int, int], dtype: torch.dtype, heads: i
             f"{side}_recent, count, x);", "    }"]
     lines += ["    count++;", "  }", "}",
               f"for (int64_t i = 0; i < {number} * batch * heads; i++) {{",
-              "  const int64_t b = i / heads % batch;", "  int64_t more = 0;",
-              "  for (int64_t t = 0; t < tokens; t++) more += valid[b * tokens + t];",
+              "  [[maybe_unused]] const int64_t b = i / heads % batch, h = i % heads;",
+              "  int64_t more = 0;",
+              f"  for (int64_t t = 0; t < tokens; t++) more += valid[{row} * tokens + t];",
               "  const_cast<int32_t&>(plane0[(slots[i / heads / batch] * batch + b) * heads + "
               "i % heads]) += more;", "}"]
     return "\n".join(lines)

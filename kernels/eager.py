@@ -28,11 +28,11 @@ def arithmetic(dtype: torch.dtype) -> Arithmetic:
     return Arithmetic(stored=eps / 2, weights=eps, out=eps)
 
 
-def _runs(counts: Tensor) -> Iterator[tuple[slice, int]]:
-    """Runs of neighbouring heads with the same count: (heads, count)."""
+def _runs(counts: Tensor, single: bool = False) -> Iterator[tuple[slice, int]]:
+    """Runs of neighbouring heads with the same count, or `single` heads: (heads, count)."""
     values, start = counts.tolist(), 0
     for end in range(1, len(values) + 1):
-        if end == len(values) or values[end] != values[start]:
+        if single or end == len(values) or values[end] != values[start]:
             yield slice(start, end), values[start]
             start = end
 
@@ -55,15 +55,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor,
               sinks: Tensor | None, *, scale: float, window: int = 0, softcap: float = 0.0,
               store: str = "store", layer: int = 0, members: Sequence[int] = (),
               basis: Tensor | None = None, offset: Tensor | None = None, cos: Tensor | None = None,
-              sin: Tensor | None = None, style: str = "") -> Tensor:
+              sin: Tensor | None = None, style: str = "", rule: str = "") -> Tensor:
     """Causal attention among this call's tokens; padding's output is 0.
 
     With a lossy `store` query i sees what appending tokens 0 .. i-1 one by one would have stored,
     and itself exactly: what decoding token by token computes. Layers that are stored together have
-    no such form: what one of them sees depends on what later ones made of earlier tokens. With
-    `basis` or `cos` the keys are rebuilt from k (`kernels/rebuild.py`); cos and sin have a row for
-    each column of the call.
+    no such form: what one of them sees depends on what later ones made of earlier tokens. Nor has
+    a `rule`. With `basis` or `cos` the keys are rebuilt from k (`kernels/rebuild.py`); cos and sin
+    have a row for each column of the call.
     """
+    if rule:
+        raise KVCompileError(f"layer {layer} keeps tokens by their scores, which a forward without "
+                             "a cache cannot show")
     parsed, batch = Store.parse(store), q.shape[0]
     rebuild = Rebuild(basis, offset, cos, sin, style)
     if parsed.members > 1:
@@ -124,33 +127,37 @@ def append(planes: list[Tensor], k: list[Tensor], v: list[Tensor], positions: Te
            valid: Tensor, *, store: str, slots: list[int]) -> None:
     """Store this call's valid tokens of the layers `slots`; complete blocks are encoded.
 
-    One token a row is stored in all layers and rows at once; more of them one by one, which takes
-    less memory.
+    `valid` is [B, S], or [B, H, S] where each head stores tokens of its own. One token a row is
+    stored in all layers and rows at once; more of them one by one, which takes less memory.
     """
     parsed, every = Store.parse(store), bool(valid.all())
-    new = valid.sum(1, dtype=torch.int32)
+    if valid.dim() == 3 and every:
+        valid = valid[:, 0]
+    new = valid.sum(-1, dtype=torch.int32)
     if parsed.members > 1:
         k, v = ([torch.cat(x[i : i + parsed.members], -1)
                  for i in range(0, len(x), parsed.members)] for x in (k, v))
-    size = len(slots) if valid.shape[1] == 1 else 1
+    size = len(slots) if valid.shape[-1] == 1 and valid.dim() == 2 else 1
     for at in (slice(i, i + size) for i in range(0, len(slots), size)):
         _append(parsed, planes, k[at], v[at], valid, every, slots[at])
-    planes[0][pages.at(slots)] += new[:, None]
+    planes[0][pages.at(slots)] += new[:, None] if new.dim() == 1 else new
 
 
 def _append(store: Store, planes: list[Tensor], k: list[Tensor], v: list[Tensor], valid: Tensor,
             every: bool, slots: list[int]) -> None:
     """Store tokens of some layers at once, as those of more heads; single ones of all rows too."""
-    together = every and valid.shape[1] == 1
+    together = every and valid.shape[-1] == 1
     dims = (k[0].shape[-1] // store.members, v[0].shape[-1] // store.members)
     count, tiers = _tiers(store, planes, dims, k[0].dtype, slots, together)
     both = [torch.stack(x, 1).flatten(1, 2) if len(x) > 1 else x[0] for x in (k, v)]
     if together:
         both, valid = [x.flatten(0, 1)[None] for x in both], valid[:1]
     for row, keep in enumerate(valid):
-        for heads, n in _runs(count[row]):
+        own = keep.dim() == 2  # of each head
+        for heads, n in _runs(count[row], own):
+            mine = keep[heads.start] if own else keep
             for side, x in zip(store.sides, both, strict=False):
-                new = x[row, heads] if every else x[row, heads][:, keep]
+                new = x[row, heads] if every else x[row, heads][:, mine]
                 pages.add(store, side, tiers[side], row, heads, n, new)
 
 

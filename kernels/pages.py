@@ -1,6 +1,7 @@
 """Reading and writing tokens of a tier through its page table, in plain PyTorch."""
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -135,20 +136,23 @@ def add(store: Store, side: Side, tier: dict[str, Tier], row: int, heads: slice,
 
 
 def crop(store: Store, dims: tuple[int, int], dtype: torch.dtype, planes: list[Tensor],
-         rows: list[int], keep: list[int]) -> None:
-    """Make rows of `rows` tokens end after `keep` tokens; nothing may have been dropped yet.
+         before: Tensor, after: Tensor) -> None:
+    """Make heads that were given `before` tokens end after `after` of them, int64 [layers, batch,
+    heads]; nothing may have been dropped from the store yet.
 
-    Tokens of the body that the shorter row holds in its recent tier are decoded and put there.
+    Tokens of the body that the shorter head holds in its recent tier are decoded and put there.
     """
     every = named(store.planes(dims, dtype), planes, range(planes[0].shape[0]))
-    heads = slice(0, every["count"].shape[1])
+    counts = torch.stack([before, after], -1).transpose(0, 1).flatten(1, 2).tolist()
     for side, dim in zip(SIDES, dims, strict=True):
         own = tiers(store, side, every, dim, dtype)
-        if "recent" not in own:
-            continue
-        for row, (n, m) in enumerate(zip(rows, keep, strict=True)):
-            before, after = store.spans(side, n), store.spans(side, m)
-            back = Span(after["recent"].start, min(before["body"].end, after["recent"].end))
-            if back.end > back.start:
-                x = own["body"].read(row, heads, back)
-                own["recent"].write(row, heads, back.start, x)
+        for row, heads in enumerate(counts if "recent" in own else ()):
+            for (n, m), run in groupby(range(len(heads)), key=lambda h: tuple(heads[h])):
+                first, *rest = run
+                where = slice(first, first + 1 + len(rest))
+                old, new = store.spans(side, n), store.spans(side, m)
+                back = Span(new["recent"].start, min(old["body"].end, new["recent"].end))
+                if back.end > back.start:
+                    x = own["body"].read(row, where, back)
+                    own["recent"].write(row, where, back.start, x)
+    planes[0].copy_(after)

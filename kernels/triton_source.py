@@ -10,6 +10,7 @@ call lie in `kernels/triton/`.
 import importlib
 import linecache
 import os
+from dataclasses import fields
 from functools import cache
 from hashlib import sha256
 from importlib.util import find_spec
@@ -25,6 +26,7 @@ from kvcompile.store import SIDES, Store
 HELPERS = ("numbers", "coded", "wrapper", "softmax")
 TRITON = {torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16", torch.float32: "tl.float32"}
 WIDEST = 256  # channels of a head
+UNDERSTOOD = ("k", "v", "sinks", "window", "members")  # of a Store; others are refused if set
 HEAD = "import triton\nimport triton.language as tl\n"
 
 
@@ -49,6 +51,10 @@ def missing(store: Store, dims: tuple[int, int], dtype: torch.dtype, what: str) 
         return f"no kernel for {str(dtype).removeprefix('torch.')}"
     if store.v_in_k:
         return f"V is part of K, which has no Triton {what}"
+    other = next((f.name for f in fields(store) if f.name not in UNDERSTOOD
+                  and getattr(store, f.name) != f.default), None)
+    if other:
+        return f"no Triton {what} for a store with {other}"
     if what == "writer" and store.members > 1:
         return f"{store.members} layers that are stored together have no Triton writer"
     for side, dim in zip(SIDES, dims, strict=True):

@@ -18,14 +18,15 @@ from kvcompile.errors import (  # noqa: E402
 from kvcompile.explain import Report, explain  # noqa: E402
 from kvcompile.method import methods  # noqa: E402
 from kvcompile.optimize import optimize  # noqa: E402
+from kvcompile.prefill import prefill  # noqa: E402
 from kvcompile.program import Program, capture  # noqa: E402
 from kvcompile.recipe import Recipe  # noqa: E402
 from kvcompile.registry import module as _module  # noqa: E402
 
-for _name in ("eager", "hosted", "linear"):  # they register the bodies of the kvc ops
+for _name in ("eager", "evict", "hosted", "linear", "select"):  # bodies of the kvc ops
     _module("kernels", _name)
 
 __version__ = "0.1.0"
 __all__ = ["CacheFullError", "Calibration", "KVCache", "KVCompileError", "Program", "Recipe",
            "RecipeError", "Report", "UnsupportedModelError", "calibrate", "capture", "explain",
-           "load", "methods", "optimize", "save"]
+           "load", "methods", "optimize", "prefill", "save"]

@@ -65,7 +65,7 @@ class Alone:
             own = _of_layer(parsed, dims, dtype, planes, slot)
             tokens = [_laid(x) for y in (k, v) for x in y[i * each : (i + 1) * each]]
             self._run((APPEND, store, k[0].shape[1]), call, own,
-                      [*tokens, positions, valid.contiguous()])
+                      [*tokens, positions.contiguous(), valid.contiguous()])
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor,
                   sinks: Tensor | None, *, store: str = "store", layer: int = 0, **options: Any
@@ -89,7 +89,7 @@ class Alone:
                                 {**options, "store": store}),)
 
     def _fits(self, valid: Tensor) -> bool:
-        return self.compile and valid.device.type == "cpu" and valid.shape[1] > 1
+        return self.compile and valid.device.type == "cpu" and valid.shape[-1] > 1
 
     def _no_kernel(self, store: Store, q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> bool:
         kernels = module("kernels", "cpp_attend")
@@ -113,7 +113,8 @@ class Alone:
     def _run(self, key: tuple, call: Callable, planes: _Planes, given: list[Tensor]) -> Any:
         """`call`, compiled for tensors like these: any number of pages, and of rows and tokens."""
         rows = ROWS if given[0].shape[0] > 1 else 1
-        key = (*key, rows, *((x.dtype, x.shape[-1], x.is_contiguous()) for x in given))
+        key = (*key, rows, *((x.dtype, x.dim(), x.shape[-1] if x.dim() == 4 else 0,
+                              x.is_contiguous()) for x in given))
         if key not in self._compiled:
             self._compiled[key] = _compile(call, planes, given, rows)
         return self._compiled[key](*(plane for _, plane in planes), *given)[0]
@@ -151,12 +152,14 @@ def _compile(call: Callable, planes: _Planes, given: list[Tensor], rows: int) ->
     for number, (spec, plane) in enumerate(planes):
         if spec.shape:
             add(plane, (PAGES + number, *spec.shape), [0])
-        else:  # the count [1, B, H], and tables [1, B, H, pages]
+        else:  # the count (or limit) [1, B, H], and tables [1, B, H, pages]
             pages = [PAGES + number] * (plane.dim() - 3)
             add(plane, (1, rows, plane.shape[2], *pages), [1, 3][: plane.dim() - 2])
     for x in given:
         if x.dim() == 4:
             add(x, (rows, x.shape[1], TOKENS, x.shape[3]), [0, 2])
+        elif x.dim() == 3:
+            add(x, (rows, x.shape[1], TOKENS), [0, 2])
         elif x.dim() == 2:
             add(x, (rows, TOKENS), [0, 1])
         else:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from kvcompile.engine import Engine
-from kvcompile.errors import KVCompileError, LawError
+from kvcompile.errors import KVCompileError, LawError, RecipeError
 from kvcompile.ir import ATTEND, ATTENTION, argument, attention_nodes
 from kvcompile.laws import How, View, bound, fault, oracle
 from kvcompile.own_cache import OwnCache
@@ -31,9 +31,10 @@ from kvcompile.registry import module
 from kvcompile.rewrite import copy_graph
 from kvcompile.rounding import Arithmetic, rounding
 from kvcompile.rows import fused
+from kvcompile.rule import Rule
 from kvcompile.show import as_text
 from kvcompile.site import Site, sites
-from kvcompile.view import contract, see, slots
+from kvcompile.view import contract, see, selected, slots
 
 STEPS = 8  # tokens that are decoded
 
@@ -154,7 +155,10 @@ class Run:
         held, past = slots(cache, layer, row), old[0].shape[1]
         together = [self.seen[i][row] for i in site.members or (layer,)]
         k, v = (torch.cat([x[:, :past] for x in side], -1) for side in zip(*together, strict=True))
-        promise = contract(site.store, k, v, member=site.place[1])
+        if self.sites[site.place[0]].rule:
+            promise = selected(site.store, held[0], self.ids[row][:past], k, v)
+        else:
+            promise = contract(site.store, k, v, member=site.place[1])
         where = f"row {row}, {past} tokens stored"
         told = []
         for i in sorted({0, tokens // 2, tokens - 1}):
@@ -208,7 +212,9 @@ class Run:
     def _bytes(self, site: Site) -> int:
         if not site.leads:
             return 0
-        return site.store.nbytes(site.dims, site.dtype, site.heads, self.cache.rows)
+        counts = self.cache.rows if not site.rule else (
+            self.cache.stored_tokens(site.layer).amax(1).tolist())
+        return site.store.nbytes(site.dims, site.dtype, site.heads, counts)
 
 
 def _share(x: LayerAudit) -> float:
@@ -221,6 +227,10 @@ def audit(program: Program, ids: Tensor, positions: Tensor | None = None,
     """Check the laws on `ids` [B, T]: all but the last `steps` tokens are a prompt, in pieces of
     `chunk` tokens; the others are decoded. Raises LawError naming layer, store, pass and kernel.
     """
+    for rule in (Rule.parse(s.rule) for s in program.sites if s.rule):
+        if rule.merge or rule.positions != "original" or "probe" in rule.needs:
+            raise RecipeError(f"verify: {program.recipe} merges or turns what it keeps, or "
+                              "reads the prompt twice; the laws do not cover that")
     positions = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions
     positions = positions.expand(ids.shape)
     valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid

@@ -136,19 +136,35 @@ class KVCache(Cache):
 
     def stored_tokens(self, layer: int) -> Tensor:
         """int64 [batch, kv heads]: how many tokens the layer holds."""
-        site = self.sites[layer]
-        kept = [site.store.stored(n) for n in self.rows]
-        return torch.tensor(kept, dtype=torch.int64)[:, None].expand(-1, site.heads).clone()
+        site, counts = self.sites[layer], self._counts(layer)
+        return counts.apply_(site.store.stored) if site.store.window else counts
 
-    def positions(self, layer: int) -> Tensor:
-        """int64 [batch, kv heads, most tokens of a row]: position ids, oldest first; -1 fills."""
-        site = self.sites[layer]
-        numbers = [site.store.numbers(n) for n in self.rows]
-        most = max(map(len, numbers), default=0)
-        out = torch.full((len(numbers), site.heads, most), -1, dtype=torch.int64)
-        for row, kept in enumerate(numbers):
-            out[row, :, : len(kept)] = self._position_ids(row)[torch.tensor(kept, dtype=torch.long)]
+    def _counts(self, layer: int) -> Tensor:
+        """int64 [batch, kv heads]: the count of a layer."""
+        layer = self.sites[layer].place[0]
+        group = next(g for g in self.groups if any(s.layer == layer for s in g.sites))
+        return group.counts[[s.layer for s in group.sites].index(layer)]
+
+    def positions(self, layer: int, by_slot: bool = False) -> Tensor:
+        """int64 [batch, kv heads, most tokens of a head]: position ids, oldest first; -1 fills.
+
+        `by_slot`: in the order in which the tokens are stored, which eviction may change.
+        """
+        held = self._held(layer)
+        if self.sites[layer].store.slots and not by_slot:
+            held = [[ids.sort().values for ids in row] for row in held]
+        most = max((len(p) for row in held for p in row), default=0)
+        out = torch.full((len(held), self.sites[layer].heads, most), -1, dtype=torch.int64)
+        for row, heads in enumerate(held):
+            for head, ids in enumerate(heads):
+                out[row, head, : len(ids)] = ids
         return out
+
+    def _held(self, layer: int) -> list[list[Tensor]]:
+        """The position ids that a layer's heads hold, oldest first, row by row."""
+        site = self.sites[layer]
+        return [[self._position_ids(row)[torch.tensor(site.store.numbers(n), dtype=torch.long)]]
+                * site.heads for row, n in enumerate(self.rows)]
 
     def _position_ids(self, row: int) -> Tensor:
         """Position ids of the tokens that a row has been given, by number."""
@@ -218,20 +234,14 @@ class KVCache(Cache):
                                      "dropped tokens, which cannot come back")
         before = self.rows
         self._shorten(keep)
+        gone = torch.tensor([n - m for n, m in zip(before, self.rows, strict=True)])
         for group in self.groups:
-            site = group.site
-            module("kernels", "pages").crop(site.store, site.dims, site.dtype, group.planes, before,
-                                            self.rows)
-        self._set_counts()
+            site, counts = group.site, group.counts
+            module("kernels", "pages").crop(site.store, site.dims, site.dtype, group.planes, counts,
+                                            counts - gone[:, None])
 
     def _shorten(self, columns: int) -> None:
         self._columns = columns
-
-    def _set_counts(self) -> None:
-        """Make every layer's count what `rows` says."""
-        for group in self.groups:
-            count = torch.tensor(self.rows, dtype=torch.int32)[:, None]
-            group.planes[0].copy_(count.expand_as(group.planes[0]))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch, in this order, repeated ones copied."""
@@ -263,8 +273,5 @@ class KVCache(Cache):
             new._register()
         new.groups = []
         for group in self.groups:
-            twin = copy.copy(group)
-            twin.planes = [p.clone() for p in group.planes]
-            twin.pages = {key: list(n) for key, n in group.pages.items()}
-            new.groups.append(twin)
+            new.groups.append(group.copy())
         return new

@@ -48,15 +48,19 @@ def table() -> str:
     """One line per method and parameter."""
     grid = Table("method", "family", "parameter", "default", "legal values", "paper",
                  box=box.SIMPLE, pad_edge=False)
+    longest = max(len(m.paper) for m in methods().values())
+    for column in (grid.columns[0], grid.columns[-1]):
+        column.no_wrap = True
     for method in methods().values():
         params = [(p.name, str(_plain(p.default)), legal(p)) for p in method.params]
         head, *rest = params or [("", "", "")]
         grid.add_row(method.name, method.family, *head, method.paper)
         for line in rest:
             grid.add_row("", "", *line, "")
-    return "\n".join([as_text(grid), "", "Every method also takes layers=: a slice such as 2: or "
-                      "::2, a layer, or a list of layers.", "Methods are joined by +, as in "
-                      '"streamingllm(window=512)+kivi(bits=4)".'])
+    return "\n".join([
+        as_text(grid, WIDTH + longest), "", "Every method also takes layers=: a slice such as 2: "
+        "or ::2, a layer, or a list of layers.", "Methods are joined by +, as in "
+        '"streamingllm(window=512)+kivi(bits=4)".'])
 
 
 def page(method: Method) -> str:

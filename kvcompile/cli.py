@@ -138,6 +138,8 @@ def _parser() -> argparse.ArgumentParser:
                         help="tokens of the prompt (2048)")
     scores.add_argument("--tokens", type=_positive, default=128, metavar="N",
                         help="tokens scored after it (128)")
+    scores.add_argument("--needles", type=_positive, default=0, metavar="N",
+                        help="ask for N keys hidden in the context instead, of each kind")
     scores.add_argument("--dtype", choices=sorted(commands.DTYPES))
     scores.add_argument("--no-compile", action="store_true", help="run the decode graph eagerly")
     scores.add_argument("--json", action="store_true", help="one JSON object instead of a table")

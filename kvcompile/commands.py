@@ -23,11 +23,13 @@ from kvcompile.evaluate import defaults
 from kvcompile.evaluate import evaluate as evaluated
 from kvcompile.explain import explain as explained
 from kvcompile.generate import timed
+from kvcompile.kernel_table import fallbacks
 from kvcompile.kernel_table import kernels as compiled_kernels
 from kvcompile.method import find_method
 from kvcompile.optimize import optimize
 from kvcompile.program import capture
 from kvcompile.prose import prose
+from kvcompile.recall import recall
 from kvcompile.recipe import Recipe
 from kvcompile.registry import module
 from kvcompile.roofline import DEVICES as DEVICES
@@ -65,8 +67,8 @@ def explain(args: Namespace) -> None:
     parts = [report.table(), report.memory(args.tokens)]
     if on is not None:
         predicted = Roofline(Step(program, args.batch), on)
-        told["roofline"] = predicted.as_dict()
-        parts += ["", str(predicted)]
+        told["roofline"] = {**predicted.as_dict(), "fallbacks": fallbacks(program)}
+        parts += ["", str(predicted), *fallbacks(program)]
         if args.plot:
             full = Roofline(Step(program.lower("full"), args.batch), on)
             predicted.plot(Path(args.plot), full)
@@ -127,6 +129,13 @@ def evaluate(args: Namespace) -> None:
     for recipe in args.recipes:
         _check(recipe)
     model, tokenizer = _load(args)
+    if args.needles:
+        if tokenizer is None:
+            raise KVCompileError(f"--needles: {args.model} has no tokenizer to hide keys with")
+        found = recall(model, tokenizer, args.recipes or defaults(RECIPE), tokens=args.context,
+                       examples=args.needles, compile=not args.no_compile)
+        _print(args, found.as_dict(), lambda: str(found))
+        return
     text = prose(model, tokenizer, args.context + args.tokens + 1, HELD_OUT)
     result = evaluated(model, text, args.context, args.recipes or defaults(RECIPE),
                        name=args.model, lenient=not args.recipes, compile=not args.no_compile)

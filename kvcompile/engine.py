@@ -1,7 +1,7 @@
 """Running a program: picks the graph for a call, compiles the decode graph, checks the result."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
 
@@ -17,6 +17,7 @@ from kvcompile.own_cache import OwnCache
 from kvcompile.planes import Group
 from kvcompile.program import Program
 from kvcompile.rewrite import copy_graph
+from kvcompile.rule import Rule
 
 log = logging.getLogger(__name__)
 
@@ -32,24 +33,34 @@ class Engine:
     def __init__(self, program: Program, compile: bool = True) -> None:
         self.program, self.compile = program, compile
         self.sites = program.sites
+        self.rules = [Rule.parse(s.rule) for s in self.sites if s.rule]
         self._decode: dict[bool, Callable] = {}
         self._graphs: dict[str, GraphModule] = {}
         self.alone = Alone(compile)
+        self.warned = False
         self.taps: list[Tensor] = []  # what a graph gives beside logits and ok (kvcompile/audit.py)
 
     def run(self, cache: OwnCache, ids: Tensor, positions: Tensor, valid: Tensor,
-            keep: Tensor, embeds: Tensor | None = None) -> Tensor:
-        """Logits [B, N, V] for the columns `keep`, and the call's tokens stored in `cache`."""
+            keep: Tensor, embeds: Tensor | None = None, question: int = 0) -> Tensor:
+        """Logits [B, N, V] for the columns `keep`, and the call's tokens stored in `cache`.
+
+        `question` is how many of a prompt's last tokens are its question, where rules ask for that.
+        """
         fresh = cache.get_seq_length() == 0
         planes = cache.begin(valid, positions)
         batch, tokens = valid.shape
+        hints: tuple[Tensor, ...] = ()
         if fresh:
             call = self._eager("prefill", embeds)
+            if self.rules:
+                ids, positions, valid, probe = self._probed(ids, positions, valid)
+                hints = (torch.tensor([probe, question], device=valid.device),)
         elif tokens == 1 and self.compile and embeds is None:
             call = self.step(batch, valid.device)
         else:
             call = self._eager("extend", embeds)
-        logits, ok, *self.taps = call(ids, positions, valid, keep, *planes)
+        logits, ok, *self.taps = call(ids, positions, valid, keep, *planes, *hints)
+        kept: Any = self.taps.pop(0) if hints else None
         if not bool(ok.all()):
             cache.rollback()
             if fresh:
@@ -59,8 +70,30 @@ class Engine:
             limit = min(layer.store.limit(s, layer.dtype) for s in "kv")
             raise KVCompileError(f"K or V of layer {layer.layer} holds NaN or numbers above "
                                  f"{limit:g}; nothing of this call was stored")
+        if kept:
+            cache.store(kept, self.alone.append, tokens)
+            self._say_if_all(cache, kept)
         cache.commit(tokens)
         return logits
+
+    def _say_if_all(self, cache: OwnCache, kept: Sequence[Sequence[Tensor]]) -> None:
+        """Say once that a budget was larger than a prompt."""
+        every = int(sum((at >= 0).sum() for _, _, at, _ in kept))
+        given = sum(s.heads for s in self.sites if s.rule) * sum(cache.new)
+        if every == given and not self.warned and not all(r.every for r in self.rules):
+            self.warned = True
+            log.warning("%s: the prompt (%d tokens) is within the budget, and all of it is kept",
+                        cache.recipe, max(cache.new))
+
+    def _probed(self, ids: Tensor, positions: Tensor, valid: Tensor
+                ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """A prompt, and behind it, where a rule asks for it, the prompt once more."""
+        if not any("probe" in rule.needs for rule in self.rules):
+            return ids, positions, valid, 0
+        tokens = ids.shape[1]
+        again = positions + valid.sum(1, keepdim=True)
+        return (torch.cat([ids, ids], 1), torch.cat([positions, again], 1),
+                torch.cat([valid, valid], 1), tokens)
 
     def stateless(self, ids: Tensor, positions: Tensor, valid: Tensor, keep: Tensor,
                   embeds: Tensor | None = None) -> Tensor:

@@ -14,12 +14,15 @@ from transformers import PreTrainedModel
 
 from kvcompile.baseline import Uncompressed, uncompressed
 from kvcompile.errors import CacheFullError, KVCompileError
+from kvcompile.format import PAGE
 from kvcompile.optimize import Optimized
 from kvcompile.plan import runs
 from kvcompile.program import Program, capture
 from kvcompile.recipe import Recipe
 from kvcompile.rows import Row, layer_rows
+from kvcompile.rule import Rule
 from kvcompile.show import WIDTH, as_text
+from kvcompile.site import Site, groups
 
 TOKENS = 4096  # the length for which str() gives bytes
 
@@ -57,13 +60,45 @@ class Report:
         return layer_rows(self.program, sizes)
 
     def kv_bytes(self, tokens: int, batch: int = 1) -> int:
-        """`KVCache.nbytes` after one call with a prompt of `tokens` tokens in every row."""
+        """`KVCache.nbytes` after one call with a prompt of `tokens` tokens in every row.
+
+        At most so many where scores decide how many tokens a head keeps (`bounded`).
+        """
         _positive(tokens=tokens, batch=batch)
         reserve = self.max_length or 0
         if reserve and tokens > reserve:
             raise CacheFullError(f"{tokens} tokens exceed max_length={reserve}")
-        return sum(s.store.nbytes(s.dims, s.dtype, s.heads, [tokens] * batch, reserve)
-                   for s in self.sites if s.leads)
+        total = 0
+        for layers in groups(self.sites):
+            own = [self.sites[i] for i in layers]
+            if own[0].rule:
+                total += batch * self._selected(own, tokens)
+            else:
+                total += sum(s.store.nbytes(s.dims, s.dtype, s.heads, [tokens] * batch, reserve)
+                             for s in own)
+        return total
+
+    @property
+    def bounded(self) -> bool:
+        """Whether `kv_bytes` is an upper bound."""
+        return any(site.rule for site in self.sites)
+
+    def _selected(self, sites: Sequence[Site], tokens: int) -> int:
+        """Bytes of a row in a group of layers with rules, at most."""
+        most = []
+        for site in sites:
+            rule = Rule.parse(site.rule)
+            each, every = rule.most(tokens, site.heads)
+            if self.max_length:  # pages for what may follow
+                more = each + self.max_length - tokens
+                if rule.every:
+                    limit = max(rule.budgeter.limit([each] * site.heads, tokens))
+                    more = min(more, limit + max(PAGE, rule.every))
+                each, every = more, site.heads * more
+            most.append((each, every))
+        widest = max(each for each, _ in most)
+        return sum(s.store.at_most(s.dims, s.dtype, s.heads, each, every, widest)
+                   for s, (each, every) in zip(sites, most, strict=True))
 
     def baseline_kv_bytes(self, tokens: int, batch: int = 1) -> int:
         """Bytes of Hugging Face's own cache after the same call (of K and V for other models)."""
@@ -96,7 +131,9 @@ class Report:
         full, ours = self.baseline_kv_bytes(tokens, batch), self.kv_bytes(tokens, batch)
         each = f" in each of {batch} rows" if batch > 1 else ""
         share = f" ({ours / full:.1%})" if full else ""
-        return f"{tokens:,} tokens{each}: {full:,} bytes uncompressed -> {ours:,} bytes{share}"
+        most = "at most " if self.bounded else ""
+        return (f"{tokens:,} tokens{each}: {full:,} bytes uncompressed -> {most}{ours:,} bytes"
+                f"{share}")
 
     def as_dict(self) -> dict[str, Any]:
         """Everything in plain types."""

@@ -6,6 +6,9 @@
     kvc.attend     attention over what earlier calls stored and, exactly, this call's tokens
     kvc.storable   whether this call's K and V may be stored, layer by layer
     kvc.linear     linears of one input, read as one
+    kvc.score      how much each token of a prompt matters, by the layer's rule
+    kvc.keep       K and V of the tokens that rules keep, gathered head by head
+    kvc.evict      note what a step attended to, and drop tokens of heads that hold too many
 
 Two more serve models that fill a KVCache by their own code. They take a handle of the cache, so
 that its planes may grow between calls without a graph noticing:
@@ -40,7 +43,21 @@ LIB.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor valid, Tensor? sinks, *, "
     "float scale, int window=0, float softcap=0.0, str store='store', int layer=0, "
     "int[] members=[], Tensor? basis=None, Tensor? offset=None, Tensor? cos=None, "
-    "Tensor? sin=None, str style='') -> Tensor"
+    "Tensor? sin=None, str style='', str rule='') -> Tensor"
+)
+LIB.define(
+    "score(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor valid, Tensor hints, "
+    "Tensor? weight, Tensor? angles, *, str rule, float scale, float softcap=0.0, "
+    "str style='half') -> (Tensor, Tensor)"
+)
+LIB.define(
+    "keep(Tensor[] scores, Tensor[] measures, Tensor[] k, Tensor[] v, Tensor positions, "
+    "Tensor valid, Tensor hints, Tensor? angles, *, str[] rules, str style='half') -> "
+    "(Tensor[], Tensor[], Tensor[], Tensor[])"
+)
+LIB.define(
+    "evict(Tensor(a!)[] planes, Tensor[] mass, Tensor[] k, Tensor[] v, Tensor positions, "
+    "Tensor valid, *, str store, str[] rules, int[] slots, int group=1) -> ()"
 )
 LIB.define("rope(Tensor x, Tensor cos, Tensor sin, *, str style) -> Tensor")
 LIB.define(
@@ -73,13 +90,16 @@ STORABLE = torch.ops.kvc.storable.default
 UPDATE = torch.ops.kvc.update.default
 DECODE = torch.ops.kvc.decode.default
 LINEAR = torch.ops.kvc.linear.default
+SCORE = torch.ops.kvc.score.default
+KEEP = torch.ops.kvc.keep.default
+EVICT = torch.ops.kvc.evict.default
 OPS = (ATTENTION, ROPE, APPEND, ATTEND, STORABLE)
 
 
 @torch.library.register_fake("kvc::attention", lib=LIB)
 def _(  # type: ignore[no-untyped-def]
     q, k, v, positions, valid, sinks, *, scale, window=0, softcap=0.0, store="store", layer=0,
-    members=(), basis=None, offset=None, cos=None, sin=None, style="",
+    members=(), basis=None, offset=None, cos=None, sin=None, style="", rule="",
 ):
     batch, heads, tokens, _ = q.shape  # in memory the heads of a token lie together
     return q.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
@@ -111,6 +131,11 @@ def _(  # type: ignore[no-untyped-def]
 @torch.library.register_fake("kvc::storable", lib=LIB)
 def _(k, v, k_limits, v_limits):  # type: ignore[no-untyped-def]
     return k[0].new_empty(len(k), dtype=torch.bool)
+
+
+@torch.library.register_fake("kvc::evict", lib=LIB)
+def _(planes, mass, k, v, positions, valid, *, store, rules, slots, group=1):  # type: ignore[no-untyped-def]
+    return None
 
 
 @torch.library.register_fake("kvc::update", lib=LIB)

@@ -9,7 +9,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from kvcompile.backend import offline
+from kvcompile.backend import gpu, offline
+from kvcompile.ir import APPEND, ATTEND
 from kvcompile.plan import runs
 from kvcompile.program import Program
 from kvcompile.registry import module
@@ -57,6 +58,18 @@ class Kernels:
                     file.write_bytes(content)
                 elif kind in ("ttir", "ptx", "amdgcn"):
                     file.write_text(content)
+
+
+def fallbacks(program: Program) -> list[str]:
+    """`layers: what runs as a plain body on a GPU, and why`, where a kernel is missing."""
+    found: dict[str, list[int]] = {}
+    for site in program.sites:
+        for op in (ATTEND, APPEND):
+            why = gpu.unsupported(op, site.store, site.heads, site.q_heads, site.dims, site.dtype)
+            if why and (op is ATTEND or site.owner is None):
+                name = op._schema.name.replace("::", ".")
+                found.setdefault(f"{name} runs its plain body: {why}", []).append(site.layer)
+    return [f"{runs(layers)} on a GPU: {why}" for why, layers in found.items()]
 
 
 def kernels(program: Program, targets: Sequence[str]) -> Kernels:

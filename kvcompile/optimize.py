@@ -63,6 +63,9 @@ def optimize(model: PreTrainedModel, recipe: str | Recipe = "kivi(bits=4)", *,
     else:
         base, program = model, capture(model, recipe, calibration=calibration)
         self_check(base, program)
+    if prefill_chunk and any(site.rule for site in program.sites):
+        raise KVCompileError(f"prefill_chunk={prefill_chunk}: {recipe} chooses among a prompt's "
+                             "tokens, which it must see at once")
     cls: Any = type(type(base).__name__, (Optimized, type(base)), {  # pipelines know the name
         "__doc__": f"{type(base).__name__} with a KV cache compressed by kvcompile.",
         "__module__": __name__})
@@ -148,8 +151,12 @@ class Optimized(PreTrainedModel):
                 inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
                 use_cache: bool | None = None, logits_to_keep: int | Tensor = 0,
                 output_attentions: bool | None = None, output_hidden_states: bool | None = None,
-                return_dict: bool | None = None, **rest: Any) -> Any:
-        """As the base model's forward; the cache in and out is a `kvcompile.KVCache`."""
+                return_dict: bool | None = None, question_length: int = 0, **rest: Any) -> Any:
+        """As the base model's forward; the cache in and out is a `kvcompile.KVCache`.
+
+        `question_length`: tokens at the end of a prompt that are its question, which methods that
+        choose tokens by the last queries then take for these.
+        """
         _refuse(self, output_attentions=output_attentions,
                 output_hidden_states=output_hidden_states, **rest)
         if (input_ids is None) == (inputs_embeds is None):
@@ -180,7 +187,9 @@ class Optimized(PreTrainedModel):
                 logits = self._stateless(ids, position_ids, valid, keep, inputs_embeds)
             else:
                 cache = cache if cache is not None else self.kvcompile.new_cache()
-                logits = self._chunks(cache, ids, position_ids, valid, keep, inputs_embeds)
+                question = _question(question_length, tokens) if past == 0 else 0
+                logits = self._chunks(cache, ids, position_ids, valid, keep, inputs_embeds,
+                                      question)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels,
@@ -189,7 +198,7 @@ class Optimized(PreTrainedModel):
         return out.to_tuple() if return_dict is False else out
 
     def _chunks(self, cache: OwnCache, ids: Tensor, positions: Tensor, valid: Tensor, keep: Tensor,
-                embeds: Tensor | None) -> Tensor:
+                embeds: Tensor | None, question: int) -> Tensor:
         """Run a call in pieces of `prefill_chunk` tokens."""
         size, tokens = self.kvcompile.prefill_chunk or ids.shape[1], ids.shape[1]
         parts = []
@@ -198,7 +207,7 @@ class Optimized(PreTrainedModel):
             wanted = keep[(keep >= at.start) & (keep < at.stop)] - at.start
             parts.append(self.kvcompile.engine.run(
                 cache, ids[:, at], positions[:, at], valid[:, at], wanted,
-                None if embeds is None else embeds[:, at]))
+                None if embeds is None else embeds[:, at], question))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _stateless(self, ids: Tensor, positions: Tensor, valid: Tensor, keep: Tensor,
@@ -238,6 +247,13 @@ class Optimized(PreTrainedModel):
     def __deepcopy__(self, memo: dict) -> Any:
         raise KVCompileError("an optimized model shares its weights and cannot be deep-copied; "
                              "copy the original and optimize that")
+
+
+def _question(length: int, tokens: int) -> int:
+    if not isinstance(length, int) or not 0 <= length < tokens:
+        raise KVCompileError(f"question_length={length!r}: must be a number of tokens, from 0 to "
+                             f"{tokens - 1}, one less than the prompt's")
+    return length
 
 
 def _refuse(model: PreTrainedModel, **options: Any) -> None:

@@ -1,5 +1,6 @@
 """OwnCache: the KVCache of an optimized model, which knows padding, positions and failures."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from kvcompile.cache import KVCache
 from kvcompile.errors import CacheFullError, KVCompileError
 from kvcompile.format import PAGE
 from kvcompile.planes import Group
+from kvcompile.registry import module
+from kvcompile.rule import Rule
 from kvcompile.site import Site, groups
 
 
@@ -40,6 +43,11 @@ class OwnCache(KVCache):
     @property
     def rows(self) -> list[int]:
         return self._rows
+
+    @property
+    def new(self) -> list[int]:
+        """Tokens that the last call gave to each row."""
+        return self._new
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self._columns + query_length, 0
@@ -73,7 +81,10 @@ class OwnCache(KVCache):
         counts = [max(n + m, self.max_length or 0)
                   for n, m in zip(self._rows, self._new, strict=True)]
         for group in self.groups:
-            group.reserve(counts)
+            if not group.site.rule:
+                group.reserve(counts)
+            elif self._columns:  # a prompt's tokens are stored when it is known which
+                self._reserve(group, group.counts + torch.tensor(self._new)[:, None])
         self._note(valid, positions)
         self._torn = True
         planes = [p for group in self.groups for p in group.planes]
@@ -88,9 +99,74 @@ class OwnCache(KVCache):
         self._torn = False
 
     def rollback(self) -> None:
-        """The call stored nothing that counts: every layer's count is put back."""
-        self._set_counts()
-        self._torn = False
+        """The call stored nothing that counts: a prompt's cache is emptied."""
+        if self._columns:  # such a call stores nothing in any layer
+            self._torn = False
+        else:
+            self.reset()
+
+    def _reserve(self, group: Group, counts: Tensor) -> None:
+        """Have pages for these tokens, and with `max_length` for those that may follow."""
+        if self.max_length:
+            most = counts + (self.max_length - self._columns - max(self._new))
+            if group.site.store.slots:  # a head is brought back to its limit before it has more
+                slack = max(PAGE, *(Rule.parse(s.rule).every for s in group.sites))
+                most = most.minimum(group.plane("limit").long().cpu() + slack)
+            counts = counts.maximum(most)
+        group.reserve(counts)
+
+    def store(self, kept: Sequence[Sequence[Tensor]], append: Callable[..., None], tokens: int
+              ) -> None:
+        """Store what the layers with a rule keep of a prompt of so many columns (K, V, columns and
+        scores of each, as kvc.keep gives them), by `append`, which is kvc.append's."""
+        given = dict(zip((s.layer for s in self._sites if s.rule), kept, strict=True))
+        self._prompt = tokens
+        for group in (g for g in self.groups if g.site.rule):
+            site = group.site
+            store, places = site.store, [given[s.layer][2] for s in group.sites]
+            counts = torch.stack([(at >= 0).sum(-1) for at in places]).cpu()
+            if store.slots:
+                rules = [Rule.parse(s.rule) for s in group.sites]
+                group.plane("limit").copy_(torch.tensor([
+                    [rule.budgeter.limit(n, m) for n, m in zip(own, self._new, strict=True)]
+                    for rule, own in zip(rules, counts.tolist(), strict=True)]))
+            self._reserve(group, counts)
+            for slot, (own, at) in enumerate(zip(group.sites, places, strict=True)):
+                k, v, _, scores = given[own.layer]
+                ids = self._ids[:, None, :tokens].expand(-1, site.heads, -1).to(at.device).gather(
+                    2, at.clamp(min=0).long())
+                append(group.planes, [k], [v], ids, at >= 0, store=str(store), slots=[slot])
+                if store.slots:
+                    module("kernels", "evict").fill(store, site.dims, site.dtype, group.planes,
+                                                    slot, at, ids, scores)
+                self._kept[own.layer] = at.cpu()
+
+    def _held(self, layer: int) -> list[list[Tensor]]:
+        site = self.sites[layer]
+        if site.owner is not None:
+            return self._held(site.owner)
+        if site.store.slots:
+            group = next(g for g in self.groups if site in g.sites)
+            flat = module("kernels", "evict").slot_positions(
+                site.store, site.dims, site.dtype, group.planes, group.sites.index(site))
+            return [flat[i : i + site.heads] for i in range(0, len(flat), site.heads)]
+        if not site.rule:
+            return super()._held(layer)
+        out = []
+        for row, heads in enumerate(self._kept[layer]):
+            later = self._valid[row, self._prompt : self._columns].nonzero().flatten()
+            out.append([self._ids[row, torch.cat([at[at >= 0].long(), later + self._prompt])]
+                        .long() for at in heads])
+        return out
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As KVCache's; of a prompt of which only some tokens were kept, nothing comes back."""
+        keep = tokens_to_remove if tokens_to_remove > 0 else self._columns + tokens_to_remove
+        ruled = next((s for s in self._sites if s.rule), None) if self.groups else None
+        if ruled and 0 < keep < self._columns and (ruled.store.slots or keep < self._prompt):
+            raise KVCompileError(f"crop({tokens_to_remove}): layer {ruled.layer} has already "
+                                 "dropped tokens, which cannot come back")
+        super().crop(tokens_to_remove)
 
     def _note(self, valid: Tensor, positions: Tensor) -> None:
         """Remember the columns' validity and positions, for `positions` and `crop`."""
@@ -118,6 +194,8 @@ class OwnCache(KVCache):
         super().reset()
         self._rows, self._new = [], []
         self._torn = False
+        self._kept: dict[int, Tensor] = {}  # columns [B, H, S'] that were stored of the prompt
+        self._prompt = 0                    # the prompt's columns
         self._valid = torch.zeros(0, 0, dtype=torch.bool)
         self._ids = torch.zeros(0, 0, dtype=torch.int32)
 
@@ -129,6 +207,7 @@ class OwnCache(KVCache):
         super()._select(rows)
         self._rows = [self._rows[r] for r in rows]
         self._valid, self._ids = self._valid[rows], self._ids[rows]
+        self._kept = {layer: at[rows] for layer, at in self._kept.items()}
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise KVCompileError("this cache belongs to an optimized model; pass it to that model's "
@@ -138,5 +217,6 @@ class OwnCache(KVCache):
         new = super().__deepcopy__(memo)
         assert isinstance(new, OwnCache)
         new._rows, new._new = list(self._rows), list(self._new)
+        new._kept = dict(self._kept)
         new._valid, new._ids = self._valid.clone(), self._ids.clone()
         return new

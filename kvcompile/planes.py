@@ -1,85 +1,109 @@
 """The planes that alike layers share: pools of pages and tables, grown and laid out anew."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from kvcompile.format import PAGE, Side
+from kvcompile.format import PAGE
 from kvcompile.site import Site
-from kvcompile.store import SIDES
 
 SLACK = 8  # a tier that must grow while decoding grows by an eighth more
 
 
 class Group:
-    """The planes of alike layers, in `Store.planes` order, and the pages of a head in each row.
+    """The planes of alike layers, in `Store.planes` order, and how many pages each head has.
 
     A layer is a slot of the count [layers, batch, heads] and of the tables [layers, batch, heads,
-    pages]; all layers share the pools. The pages of a layer's row lie together in a pool, head by
-    head, the rows of a layer one after the other; tables say so to the kernels.
+    pages]; all layers share the pools. The pages of a head lie together in a pool, head by head,
+    row by row and layer by layer; tables say so to the kernels. `pages` is, for every tier, int64
+    [layers, batch, heads].
     """
 
     def __init__(self, sites: Sequence[Site], batch: int, device: torch.device) -> None:
         self.sites, self.site = tuple(sites), sites[0]
         self.specs = self.site.store.planes(self.site.dims, self.site.dtype)
         self.planes: list[Tensor] = []
+        places = (len(sites), batch, self.site.heads)
         for spec in self.specs:
-            shape: tuple[int, ...] = (0, *spec.shape)
-            if not spec.shape:
-                pages = () if spec.name == "count" else (0,)
-                shape = (len(sites), batch, self.site.heads, *pages)
+            pages = (0,) if spec.name.endswith(".table") else ()
+            shape = (0, *spec.shape) if spec.shape else (*places, *pages)
             self.planes.append(torch.zeros(shape, dtype=spec.dtype, device=device))
-        self.pages = {(s, t): [0] * batch for s in SIDES for t in self.site.store.tiers(s)}
+        keys = dict.fromkeys(name.rpartition(".")[0] for name, *_ in self.specs)
+        self.pages = {key: torch.zeros(places, dtype=torch.int64) for key in keys if key}
+        self._least = {key: [0] * batch for key in self.pages}
 
-    def reserve(self, counts: list[int]) -> None:
-        """Have pages for rows of these token counts; exactly those at first, later some to spare.
+    def reserve(self, counts: Sequence[int] | Tensor) -> None:
+        """Have pages for these numbers of tokens; exactly those at first, later some to spare.
 
-        Growing copies the tier's pools, one plane at a time.
+        `counts` has an entry for a row, or is int [layers, batch, heads]. Growing copies the
+        tier's pools, one plane at a time.
         """
-        for (side, tier), have in self.pages.items():
-            need = [self.site.store.pages(side, tier, n) for n in counts]
-            if all(h >= n for h, n in zip(have, need, strict=True)):
+        store, rows = self.site.store, None if isinstance(counts, Tensor) else counts
+        if rows is not None and all(
+                store.pages(*key.split("."), n) <= least  # type: ignore[call-arg, arg-type]
+                for key, each in self._least.items() for n, least in zip(rows, each, strict=True)):
+            return
+        counts = torch.as_tensor(counts, device="cpu").long()
+        numbers, which = (counts[:, None] if rows else counts).unique(return_inverse=True)
+        for key, have in self.pages.items():
+            side, tier = key.split(".")
+            each = torch.tensor([store.pages(side, tier, n) for n in numbers.tolist()])
+            need = each[which].expand_as(have)
+            if bool((have >= need).all()):
                 continue
-            if any(have):
-                ring = self.site.store.ring(side, tier)
-                most = max(need) * 2 if ring is None else ring // PAGE
-                need = [max(h, min(n + n // SLACK, most))
-                        for h, n in zip(have, need, strict=True)]
-            self._lay(side, tier, list(range(len(have))), need)
+            if bool(have.any()):
+                ring = store.ring(side, tier)
+                most = need.max() * 2 if ring is None else torch.tensor(ring // PAGE)
+                need = torch.maximum(have, torch.minimum(need + need // SLACK, most))
+            self._lay(key, list(range(have.shape[1])), need)
+
+    def plane(self, name: str) -> Tensor:
+        """The plane of this name."""
+        return self.planes[[spec.name for spec in self.specs].index(name)]
+
+    @property
+    def counts(self) -> Tensor:
+        """int64 [layers, batch, heads] on the host: tokens that each head has been given, less
+        those that were evicted."""
+        return self.planes[0].long().cpu()
+
+    def copy(self) -> "Group":
+        """An independent group that holds the same."""
+        twin = copy.copy(self)
+        twin.planes = [p.clone() for p in self.planes]
+        twin.pages, twin._least = dict(self.pages), dict(self._least)
+        return twin
 
     def select(self, rows: list[int]) -> None:
         """Keep these rows of the batch, in this order; pages of a row taken twice are copied."""
-        for (side, tier), have in self.pages.items():
-            self._lay(side, tier, rows, [have[r] for r in rows])
+        for key, have in self.pages.items():
+            self._lay(key, rows, have[:, rows])
         order = torch.tensor(rows, device=self.planes[0].device)
-        self.planes[0] = self.planes[0].index_select(1, order)
-
-    def _lay(self, side: Side, tier: str, rows: list[int], pages: list[int]) -> None:
-        """Lay a tier out anew: row i becomes what rows[i] was, with pages[i] pages a head."""
-        have, layers, heads = self.pages[side, tier], len(self.sites), self.site.heads
-        starts = [heads * sum(have[:row]) for row in range(len(have))]
         for i, spec in enumerate(self.specs):
-            old, at = self.planes[i], 0
-            if not spec.name.startswith(f"{side}.{tier}."):
+            if "." not in spec.name:
+                self.planes[i] = self.planes[i].index_select(1, order)
+
+    def _lay(self, key: str, rows: list[int], pages: Tensor) -> None:
+        """Lay a tier out anew: row i becomes what rows[i] was, with pages [layers, rows, heads]."""
+        own = [i for i, spec in enumerate(self.specs) if spec.name.startswith(f"{key}.")]
+        table = next(i for i in own if not self.specs[i].shape)
+        old, device = self.planes[table][:, rows], self.planes[table].device
+        width = int(pages.max()) if pages.numel() else 0
+        at = torch.arange(width, device=device)
+        pages, had = pages.to(device), self.pages[key][:, rows].to(device)
+        starts = (pages.flatten().cumsum(0) - pages.flatten()).view_as(pages)
+        new = torch.where(at < pages[..., None], starts[..., None] + at, 0)
+        kept = at < torch.minimum(pages, had)[..., None]
+        old = torch.nn.functional.pad(old, (0, max(0, width - old.shape[-1])))[..., :width]
+        for i in own:
+            if i == table:
+                self.planes[i] = new.to(old.dtype)
                 continue
-            if spec.shape:
-                new = old.new_zeros(layers, heads * sum(pages), *old.shape[1:])
-                every = old.unflatten(0, (layers, heads * sum(have)))
-                for row, n in zip(rows, pages, strict=True):
-                    source = every[:, starts[row] : starts[row] + heads * have[row]]
-                    kept = min(n, have[row])
-                    new[:, at : at + heads * n].unflatten(1, (heads, n))[:, :, :kept] = (
-                        source.unflatten(1, (heads, have[row]))[:, :, :kept])
-                    at += heads * n
-                new = new.flatten(0, 1)
-            else:
-                new = old.new_zeros(layers, len(rows), heads, max(pages, default=0))
-                first = torch.arange(layers, dtype=old.dtype, device=old.device) * (
-                    heads * sum(pages))
-                for row, n in enumerate(pages):
-                    ids = torch.arange(at, at + heads * n, dtype=old.dtype, device=old.device)
-                    new[:, row, :, :n] = first[:, None, None] + ids.view(heads, n)
-                    at += heads * n
-            self.planes[i] = new
-        self.pages[side, tier] = list(pages)
+            pool = self.planes[i].new_zeros(int(pages.sum()), *self.planes[i].shape[1:])
+            for layer, mine in enumerate(kept):  # what is copied lies twice in memory
+                pool[new[layer][mine]] = self.planes[i][old[layer][mine].long()]
+            self.planes[i] = pool
+        self.pages[key] = pages.cpu()
+        self._least[key] = pages.amin((0, 2)).tolist()

@@ -75,6 +75,8 @@ def read_bytes(site: Site) -> sp.Expr:
     """What one layer reads of a row's cache in a step."""
     total, members = sp.Integer(0), site.store.members
     for side, dim in zip(SIDES, site.dims, strict=True):
+        if side not in site.store.sides:  # it is part of the other
+            continue
         for tier, tokens in tier_tokens(site.store, side).items():
             fmt = site.store.format(side, tier)
             bits = bits_per_element(fmt, dim * members, site.dtype, side)

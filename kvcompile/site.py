@@ -31,6 +31,7 @@ class Site:
     members: tuple[int, ...] = ()
     rebuilt: bool = False  # keys are computed from what is stored at every read
     rotated: bool = False  # and rotated then
+    rule: str = ""  # which tokens stay (kvcompile/rule.py), where scores decide
 
     @property
     def place(self) -> tuple[int, int]:
@@ -70,7 +71,7 @@ def groups(sites: Sequence[Site]) -> list[list[int]]:
     alike: dict[tuple, list[int]] = {}
     for site in sites:
         if site.leads:
-            key = (site.store, site.heads, site.dims, site.dtype)
+            key = (site.store, site.heads, site.dims, site.dtype, bool(site.rule))
             alike.setdefault(key, []).append(site.layer)
     return list(alike.values())
 
@@ -81,4 +82,4 @@ def _site(layer: int, node: Node, owner: int | None) -> Site:
                 k.dtype, argument(node, "window"), Store.parse(argument(node, "store")), owner,
                 tuple(argument(node, "members")),
                 any(argument(node, n) is not None for n in ("basis", "cos")),
-                argument(node, "cos") is not None)
+                argument(node, "cos") is not None, argument(node, "rule"))

@@ -13,7 +13,7 @@ A tier is a pool of pages of 128 tokens of one kv head, and an int32 page table
 ring over its pages.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from math import lcm
@@ -27,6 +27,7 @@ from kvcompile.format import Side as SideName
 from kvcompile.recipe import Term, parse_term
 
 DENSE = Term("dense")
+SLOTS = "slots"  # beside K and V: what is known of the token in each place
 SIDES: tuple[SideName, ...] = ("k", "v")
 AXES = (*(f"{axis}.{side}" for side in SIDES for axis in ("format", "block", "lag")), "sinks",
         "window")  # what `Store.of` reads
@@ -82,6 +83,7 @@ class Store:
     window: int = 0
     members: int = 1
     v_in_k: bool = False
+    slots: bool = False
 
     @staticmethod
     @cache
@@ -92,7 +94,8 @@ class Store:
                 for axis, name in (("format", s), ("block", f"{s}_block"), ("lag", f"{s}_lag"))}
         axes |= {name: term.get(name) for name in ("sinks", "window", "v_in_k")}
         store = Store.of({a: v for a, v in axes.items() if v is not None})
-        return replace(store, members=term.get("members", 1))  # type: ignore[arg-type]
+        return replace(store, members=term.get("members", 1),  # type: ignore[arg-type]
+                       slots=bool(term.get("slots")))
 
     @staticmethod
     def of(axes: Mapping[str, object], own: int = 0) -> "Store":
@@ -129,6 +132,8 @@ class Store:
         args += [(n, getattr(self, n)) for n in ("sinks", "window", "v_in_k") if getattr(self, n)]
         if self.members > 1:
             args.append(("members", self.members))
+        if self.slots:
+            args.append(("slots", True))
         return str(Term("store", tuple(args)))  # type: ignore[arg-type]
 
     def side(self, name: str) -> Side:
@@ -198,6 +203,8 @@ class Store:
 
     def ring(self, name: str, tier: str) -> int | None:
         """Tokens that the tier's pages hold at most, in whole pages; None: unbounded."""
+        if name == SLOTS:
+            return None
         side = self.side(name)
         if tier == "sinks":
             return _pages(self.sinks) * PAGE
@@ -209,6 +216,8 @@ class Store:
 
     def pages(self, name: str, tier: str, count: int) -> int:
         """Pages that the tier takes in one (batch, kv head) once `count` tokens have arrived."""
+        if name == SLOTS:
+            return _pages(count)
         pages = _pages(self.spans(name, count)[tier].end)
         ring = self.ring(name, tier)
         return pages if ring is None else min(pages, ring // PAGE)
@@ -218,7 +227,9 @@ class Store:
         """The tensors of the store in order, for head dimensions (Dk, Dv) of a layer.
 
         `count` is int32 [layers, batch, kv heads]; for each tier a `table`, int32 [layers, batch,
-        kv heads, pages], and the format's planes, pools [pages, PAGE // step, *shape].
+        kv heads, pages], and the format's planes, pools [pages, PAGE // step, *shape]. With
+        `slots` there follow, paged alike, the position id and the score of every token, by its
+        number, and the number of tokens that a head may hold, `limit`.
         """
         planes = [Plane("count", torch.int32, ())]
         for name, dim in zip(SIDES, dims, strict=True):
@@ -228,6 +239,11 @@ class Store:
                 for plane, spec in fmt.planes(dim * self.members, dtype, name).items():
                     planes.append(
                         Plane(f"{name}.{tier}.{plane}", spec.dtype, spec.page(fmt.step)))
+        if self.slots:
+            planes += [Plane("slots.all.table", torch.int32, ()),
+                       Plane("slots.all.position", torch.int32, (PAGE,)),
+                       Plane("slots.all.score", torch.float32, (PAGE,)),
+                       Plane("limit", torch.int32, ())]
         return tuple(planes)
 
     def nbytes(self, dims: tuple[int, int], dtype: torch.dtype, heads: int, counts: list[int],
@@ -236,16 +252,38 @@ class Store:
 
         `reserve` is a count that every row has pages for in advance (`max_length`).
         """
-        total = 4 * heads * len(counts)
         most = [max(n, reserve) for n in counts]
+        return sum(self.pieces(dims, dtype, heads, len(counts), lambda side, tier: (
+            heads * sum(self.pages(side, tier, n) for n in most),
+            max((self.pages(side, tier, n) for n in most), default=0))))
+
+    def at_most(self, dims: tuple[int, int], dtype: torch.dtype, heads: int, each: int, total: int,
+                widest: int) -> int:
+        """Bytes that a row of a layer takes at most whose heads hold `each` tokens at most, and
+        `total` together; `widest` tokens are in the fullest head of the layers that share planes.
+        """
+        def pages(side: str, tier: str) -> tuple[int, int]:
+            full = heads * self.pages(side, tier, each)
+            return min(full, total // PAGE + heads), self.pages(side, tier, widest)
+
+        return sum(self.pieces(dims, dtype, heads, 1, pages))
+
+    def pieces(self, dims: tuple[int, int], dtype: torch.dtype, heads: int, rows: int,
+               pages: Callable[[str, str], tuple[int, int]]) -> Iterator[int]:
+        """Bytes of a layer's planes, where pages(side, tier) gives the tier's pages of all heads,
+        and those of the fullest."""
+        yield 4 * heads * rows * (2 if self.slots else 1)
+        bits = {SLOTS: 8 * PAGE}
         for name, dim in zip(SIDES, dims, strict=True):
             for tier in self.tiers(name):
                 fmt = self.format(name, tier)
-                per_step = step_bytes(fmt, dim * self.members, dtype, name)
-                pages = [self.pages(name, tier, n) for n in most]
-                total += heads * sum(pages) * (PAGE // fmt.step) * per_step
-                total += 4 * heads * len(counts) * max(pages, default=0)
-        return total
+                bits[f"{name}.{tier}"] = PAGE // fmt.step * step_bytes(
+                    fmt, dim * self.members, dtype, name)
+        for key, size in bits.items():
+            if key == SLOTS and not self.slots:
+                continue
+            every, most = pages(*(key.split(".") if key != SLOTS else (SLOTS, "all")))
+            yield every * size + 4 * heads * rows * most
 
     def places(self, dims: tuple[int, int], dtype: torch.dtype, sizes: Sequence[Sequence[Any]]
                ) -> Any:

@@ -26,7 +26,7 @@ def slots(cache: KVCache, layer: int, row: int) -> tuple[Tensor, Tensor, Tensor]
                        for site in group.sites if site.layer == lead)
     pages, site = module("kernels", "pages"), group.site
     named = pages.named(group.specs, group.planes, [slot])
-    ids, counts = cache.positions(layer)[row], named["count"][row].tolist()
+    ids, counts = cache.positions(layer, by_slot=True)[row], named["count"][row].tolist()
     out = [torch.zeros(site.heads, ids.shape[1], dim) for dim in site.dims]
     for side, x in zip(site.store.sides, out, strict=False):
         tiers = pages.tiers(site.store, side, named, x.shape[-1], torch.float32)
@@ -79,3 +79,20 @@ def contract(store: Store, k: Tensor, v: Tensor, member: int = 0) -> Contract:
     kept = torch.tensor(store.numbers(k.shape[1]), dtype=torch.long)
     dropped = torch.ones(k.shape[:2], dtype=torch.bool).index_fill(1, kept, False)
     return Contract(eps["k"], eps["v"], dropped)
+
+
+def selected(store: Store, held: Tensor, ids: Tensor, k: Tensor, v: Tensor) -> Contract:
+    """`contract` where each head was given tokens of its own choice.
+
+    `held` [H, N] are the position ids of a head's slots (-1 fills), `ids` [T] those of all tokens k
+    [H, T, Dk], v [H, T, Dv].
+    """
+    out = Contract.exact(k, v)
+    out.dropped[:] = True
+    for head, slots in enumerate(held if len(ids) else ()):
+        at = (slots[slots >= 0][:, None] == ids[None]).int().argmax(1)
+        own = contract(store, k[head : head + 1, at], v[head : head + 1, at])
+        for every, mine in zip((out.k, out.v, out.dropped), (own.k, own.v, own.dropped),
+                               strict=True):
+            every[head, at] = mine[0]
+    return out

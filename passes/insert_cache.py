@@ -1,6 +1,7 @@
 """insert_cache: the stateless graph becomes one that reads and fills a cache.
 
     prefill   o = attention(q, k, v); append(planes, k, v)         an empty cache, any S
+              with a rule: keep(score(q, k, v), k, v) instead of append, to be stored afterwards
     extend    o = attend(q, k, v, planes); ...; append(planes, all k, all v)    S >= 1 tokens more
 
 Layers of equal storage form a group, whose planes become inputs, group by group in `Store.planes`
@@ -23,9 +24,11 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from kvcompile.angles import Angles
-from kvcompile.ir import APPEND, ATTEND, STORABLE, argument, attention_nodes
+from kvcompile.ir import APPEND, ATTEND, EVICT, STORABLE, argument, attention_nodes
+from kvcompile.passes.chosen import Chosen
 from kvcompile.plan import LayerPlan
 from kvcompile.rewrite import Outcome, Rewritten
+from kvcompile.rule import Rule
 from kvcompile.site import Site, groups, sites
 from kvcompile.store import SIDES
 
@@ -50,7 +53,7 @@ class InsertCache:
                   for number, layers in enumerate(groups(known))]
         ok = (_prefill if self.phase == "prefill" else _extend)(graph, nodes, known, shared)
         output = graph.output_node()
-        output.args = ((output.args[0], ok),)
+        output.args = ((output.args[0], *ok),)
         return [Rewritten(site.layer, self.phase if site.owner is None else
                           f"{self.phase}, reads layer {site.owner}") for site in known]
 
@@ -62,12 +65,15 @@ class Shared(NamedTuple):
     planes: list[Node]
 
 
-def _prefill(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list[Shared]) -> Node:
+def _prefill(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list[Shared]
+             ) -> list[Any]:
     """Store each layer right before its attention, to exact K and V; bool [layers that store].
 
-    Layers that are stored together are stored when the last of them has its K and V.
+    Layers that are stored together are stored when the last of them has its K and V. What layers
+    with a rule keep is a second output: what kvc.keep returns, for each of them.
     """
     place, fine = _places(shared), list[Node]()
+    chosen = Chosen(graph) if any(site.rule for site in sites) else None
     for site, node in zip(sites, nodes, strict=True):
         if site.owner is None:
             with graph.inserting_before(node):
@@ -75,20 +81,25 @@ def _prefill(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: lis
                 if len(fine) > 1:
                     fine[-1] = _call(graph, aten.logical_and.default, *fine[-2:])
                 members = site.members or (site.layer,)
-                if site.layer == members[-1]:
+                if site.rule and chosen:
+                    chosen.score(node, site)
+                elif site.layer == members[-1]:
                     allowed = _call(graph, aten.bitwise_and.Tensor, argument(node, "valid"),
                                     fine[-1])
                     planes, slot = place[members[0]]
                     _append(graph, planes, [nodes[i] for i in members], [slot], allowed)
     for node in nodes:
-        node.kwargs = {k: v for k, v in node.kwargs.items() if k not in ("store", "members")}
+        node.kwargs = {k: v for k, v in node.kwargs.items()
+                       if k not in ("store", "members", "rule")}
     with graph.inserting_before(graph.output_node()):
-        return _call(graph, aten.cat.default, fine)
+        return [_call(graph, aten.cat.default, fine), *([chosen.kept()] if chosen else [])]
 
 
-def _extend(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list[Shared]) -> Node:
+def _extend(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list[Shared]
+            ) -> list[Any]:
     """Attend to what is stored, and store all layers of a group together at the end."""
     place, owners = _places(shared), [site for site in sites if site.owner is None]
+    mass: dict[int, Node | None] = {}
     angles = Angles(graph, nodes) if any(site.rotated for site in sites) else None
     for site, node in zip(sites, nodes, strict=True):
         with graph.inserting_before(node):
@@ -96,18 +107,21 @@ def _extend(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list
                 tables = {n: angles.by_number(argument(node, n)) for n in ("cos", "sin")}
                 node.kwargs = {**node.kwargs, **tables}
             layer, member = site.place
-            _attend(graph, node, *place[layer], member)
+            mass[site.layer] = _attend(graph, node, *place[layer], member)
     with graph.inserting_before(graph.output_node()):
         ok = _storable(graph, [nodes[site.layer] for site in owners], owners)
         allowed = _call(graph, aten.bitwise_and.Tensor, argument(nodes[0], "valid"),
                         _call(graph, aten.all.default, ok))
         for own in shared:
             every = [i for layer in own.layers for i in sites[layer].members or (layer,)]
-            _append(graph, own.planes, [nodes[i] for i in every], [*range(len(own.layers))],
-                    allowed)
+            layers = [nodes[i] for i in every]
+            _append(graph, own.planes, layers, [*range(len(own.layers))], allowed)
+            if sites[own.layers[0]].store.slots:
+                _evict(graph, own.planes, layers, [m for i in own.layers if (m := mass[i])],
+                       allowed)
     for node in nodes:
         graph.erase_node(node)
-    return ok
+    return [ok]
 
 
 def _places(shared: list[Shared]) -> dict[int, tuple[list[Node], int]]:
@@ -144,19 +158,33 @@ def _append(graph: Graph, planes: list[Node], nodes: list[Node], slots: list[int
           store=argument(nodes[0], "store"), slots=slots)
 
 
-def _attend(graph: Graph, node: Node, planes: list[Node], slot: int, member: int) -> None:
+def _evict(graph: Graph, planes: list[Node], nodes: list[Node], mass: list[Node], valid: Node
+           ) -> None:
+    k, v = ([argument(n, side) for n in nodes] for side in SIDES)
+    group = argument(nodes[0], "q").meta["val"].shape[1] // k[0].meta["val"].shape[1]
+    _call(graph, EVICT, planes, mass, k, v, argument(nodes[0], "positions"), valid,
+          store=argument(nodes[0], "store"), rules=[argument(n, "rule") for n in nodes],
+          slots=[*range(len(nodes))], group=int(group))
+
+
+def _attend(graph: Graph, node: Node, planes: list[Node], slot: int, member: int) -> Node | None:
+    """What each token gets of the softmax weights, where the layer's scores are made of that."""
     q, k, v, positions, valid, sinks = (
         argument(node, n) for n in ("q", "k", "v", "positions", "valid", "sinks"))
     options = {n: argument(node, n) for n in ("scale", "window", "softcap", "store")}
+    rule = argument(node, "rule")
+    if rule and Rule.parse(rule).observes:
+        options["mass"] = True
     options |= {n: node.kwargs[n] for n in ("basis", "offset", "cos", "sin", "style")
                 if n in node.kwargs}
     if member:
         options["member"] = member
-    both = _call(graph, ATTEND, q, k, v, planes, positions, valid, sinks, **options, slot=slot,
-                 layer=argument(node, "layer"))
-    o = _call(graph, operator.getitem, both, 0)
+    every = _call(graph, ATTEND, q, k, v, planes, positions, valid, sinks, **options, slot=slot,
+                  layer=argument(node, "layer"))
+    o = _call(graph, operator.getitem, every, 0)
     o.meta = dict(node.meta)
     node.replace_all_uses_with(o)
+    return _call(graph, operator.getitem, every, 2) if "mass" in options else None
 
 
 PHASES = {phase: InsertCache(phase) for phase in ("prefill", "extend")}

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvcompile.method import Axes, Method, Param
+from kvcompile.passes.methods import by_token, groups, residual
 
 
 def _palu(p: Mapping[str, Any]) -> Axes:
@@ -27,6 +28,11 @@ def _lorc(p: Mapping[str, Any]) -> Axes:
 def _joint(p: Mapping[str, Any]) -> Axes:
     return {"rank.heads": WHOLE, "rank.k": p["ratio"], "rank.v": p["ratio"], "rank.joint": True,
             "rank.text": p["whiten"], "rank.multiple": p["multiple"], "recompute": "rope"}
+
+
+def _xquant(p: Mapping[str, Any]) -> Axes:
+    text = f"int(bits={p['bits']}, axis=token, group={p['group']})"
+    return {"recompute": "hidden", **by_token(text, p["residual"])}
 
 
 WHOLE = 1 << 16  # more kv heads than a layer has
@@ -83,5 +89,19 @@ METHODS = (
         note="MHA2MLA's joint SVD of K's and V's weights, balanced as TransMLA's; the rotation is "
         "kept whole and keys are rebuilt at read, where the papers rotate a part of them and "
         "fine-tune",
+    ),
+    Method(
+        name="xquant",
+        title="XQuant",
+        paper="arXiv:2508.10395",
+        family="low rank",
+        params=(
+            Param("bits", 4, choices=(2, 4, 8), help="bits of a stored number"),
+            groups("channels of a token"),
+            residual(default=0),
+        ),
+        axes=_xquant,
+        note="what K and V are projected from is cached, once for both, where it is narrower than "
+        "they are together (not with few kv heads, for which the paper factors the projections)",
     ),
 )

@@ -36,7 +36,8 @@ CHOICES = ("absorbed", "rope", "hidden")
 class Place:
     """attention(q, W_k z, W_v z) -> W_v attention(q W_k, z, z), where z takes fewer bits.
 
-    `work` bounds the multiplications at read: at most this many times those of K and V.
+    `work` bounds the multiplications at read, at most this many times those of K and V, unless a
+    recipe asks for hidden states.
     """
 
     work: float = 24.0
@@ -98,7 +99,7 @@ class Place:
         after = float(sum(dims))
         if k.rope is not None:
             after = k.dim + dims[0] * k.heads / region.heads + dims[1]
-        if after > self.work * before:
+        if after > self.work * before and region.choice != "hidden":
             return (f"reading them takes {after / before:.0f} times the multiplications of K and "
                     f"V, more than {self.work:g}")
         return ""

@@ -1,15 +1,22 @@
-"""select: which tokens stay. attention(store) -> attention(store with sinks and window)."""
+"""select: which tokens stay. attention(store) -> attention(store with sinks and window, rule)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from kvcompile.ir import argument, attention_nodes
+from kvcompile.beside import output_weight, rotary
+from kvcompile.errors import RecipeError
+from kvcompile.ir import ROPE, argument, attention_nodes
 from kvcompile.plan import LayerPlan
-from kvcompile.rewrite import Outcome, Rewritten
+from kvcompile.recipe import Term
+from kvcompile.rewrite import Outcome, Refused, Rewritten
+from kvcompile.rule import Rule, options
+from kvcompile.site import owners
 from kvcompile.store import Store
+
+KEEP = "keep."
 
 
 @dataclass(frozen=True)
@@ -18,16 +25,31 @@ class Select:
 
     Without a window none are dropped: the first ones are stored exactly, whatever the format.
     Layers with an attention window of their own keep no more than it shows (`Store.of`).
+
+    The axes `keep.*` are the fields of a `Rule`: scores decide which of a prompt's tokens are
+    stored, head by head, and with `keep.every` which stay while decoding. Layers with a window of
+    their own are left as they are.
     """
 
     name: ClassVar[str] = "select"
     order: ClassVar[int] = 50
-    axes: ClassVar[tuple[str, ...]] = ("sinks", "window")
+    axes: ClassVar[tuple[str, ...]] = ("sinks", "window", *(KEEP + name for name in (
+        "score", "budget", "sinks", "recent", "every", "merge", "positions")))
 
     def run(self, gm: GraphModule, plan: Sequence[LayerPlan]) -> list[Outcome]:
         outcomes: list[Outcome] = []
-        for index, node in enumerate(attention_nodes(gm.graph)):
+        nodes = attention_nodes(gm.graph)
+        shared = owners(nodes)
+        ruled = [i for i, own in enumerate(plan) if own.get(KEEP + "score") and i not in shared
+                 and not any(argument(nodes[i], n) for n in ("window", "basis", "cos"))]
+        for index, node in enumerate(nodes):
             axes = {a: v for a, v in plan[index].values.items() if a in self.axes}
+            if KEEP + "score" in axes and index in shared:
+                outcomes.append(Rewritten(index, f"as layer {shared[index]}"))
+                continue
+            if KEEP + "score" in axes:
+                outcomes.append(_rule(node, axes, index, ruled, plan[index]))
+                continue
             kept = Store.of(axes, argument(node, "window"))
             if not kept.window and not kept.sinks:
                 continue
@@ -38,6 +60,59 @@ class Select:
             last = f"{kept.window} last" if kept.window else "all others"
             outcomes.append(Rewritten(index, " and ".join(filter(None, (first, last))) + " tokens"))
         return outcomes
+
+
+def _rule(node: Node, axes: Mapping[str, Any], index: int, ruled: list[int], own: LayerPlan
+          ) -> Outcome:
+    """Give a layer its rule, numbered among the layers that have one."""
+    term = own.origin[KEEP + "score"]
+    if "window" in axes:
+        raise RecipeError(f"'{own.origin['window'].name}' and '{term.name}' both say which tokens "
+                          "stay; give them different layers=")
+    if argument(node, "basis") is not None or argument(node, "cos") is not None:
+        return Refused(index, "its keys are rebuilt at every read; scores need them as they are",
+                       node.name)
+    if window := argument(node, "window"):
+        store = Store.of({}, window)
+        node.kwargs = cast(Any, {**node.kwargs, "store": str(replace(
+            Store.parse(argument(node, "store")), sinks=0, window=store.window))})
+        return Refused(index, f"the layer keeps its own window of {window} tokens", node.name)
+    rule = rule_of(axes, ruled.index(index), len(ruled))
+    assert rule.scorer and rule.budgeter  # names and options are checked here
+    missing = _missing(node, rule)
+    if missing:
+        raise RecipeError(f"{term}: layer {index}: {missing}")
+    node.kwargs = cast(Any, {**node.kwargs, "rule": str(rule)})
+    drops = "" if not rule.every else ", and while decoding"
+    return Rewritten(index, f"tokens by {rule.score}, {rule.budget}{drops}")
+
+
+def rule_of(axes: Mapping[str, Any], layer: int, layers: int) -> Rule:
+    """The rule that a layer's axes spell, number `layer` of the `layers` that have one."""
+    given = {a.removeprefix(KEEP): v for a, v in axes.items() if a.startswith(KEEP)}
+    place = {"layer": layer, "layers": layers}
+    return Rule(**{n: _placed(v, place) for n, v in given.items()}, **place)  # type: ignore[arg-type]
+
+
+def _placed(value: Any, place: Mapping[str, int]) -> Any:
+    """Budgets with the fields `layer` and `layers` are told which it is, wherever they stand."""
+    if not isinstance(value, Term):
+        return value
+    args = tuple((name, _placed(x, place)) for name, x in value.args)
+    told = tuple(place.items()) if place.keys() <= options("budget", value.name) else ()
+    return Term(value.name, (*args, *told))
+
+
+def _missing(node: Node, rule: Rule) -> str:
+    """What the rule reads and the graph does not show."""
+    if "weight" in rule.needs and output_weight(node) is None:
+        return f"{rule.score.name} reads the weight after attention, which was not found"
+    turned = argument(node, "k").target is ROPE
+    if "angles" in rule.needs and turned and rotary(node)[0] is None:
+        return f"{rule.score.name} reads rotary angles, which were not found"
+    if rule.positions != "original" and rotary(node)[0] is None:
+        return f"positions={rule.positions}: the rotary angles were not found"
+    return ""
 
 
 PASS = Select()

@@ -10,7 +10,9 @@ from support import greedy, optimized, plain, prompt
 import kvcompile
 from kvcompile.ir import argument, attention_nodes
 from kvcompile.models.tiny import tiny
-from kvcompile.rewrite import Rewritten
+from kvcompile.plan import LayerPlan
+from kvcompile.rewrite import Rewritten, copy_graph, passes, run_passes
+from kvcompile.rows import bytes_per_token
 from kvcompile.site import sites
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -124,6 +126,34 @@ def test_the_graph_before_and_after(request):
         assert text == path.read_text()
 
 
+@cache
+def many_heads():
+    """As many kv heads as query heads: hidden states are half as wide as K and V together."""
+    return kvcompile.capture(tiny("llama", num_hidden_layers=2, num_key_value_heads=4))
+
+
+def test_hidden_states_are_cached_where_a_recipe_asks():
+    """XQuant: K is rebuilt and V absorbed; exact where nothing is quantized."""
+    gm = copy_graph(many_heads().snapshots["capture"])
+    run_passes(passes(), gm, [LayerPlan({"recompute": "hidden"})] * 2)
+    for site in sites(gm.graph):
+        assert (site.heads, site.dims, site.rebuilt, site.store.v_in_k) == (1, (64, 64), True, True)
+    ids = prompt(40, batch=2)
+    want, got = stateless(many_heads().graph_module, ids), stateless(gm, ids)
+    assert not torch.equal(want, got)
+    assert (want - got).abs().max() <= 512 * torch.finfo(torch.float32).eps * want.abs().max()
+
+
+def test_hidden_states_are_stored_in_the_recipe_s_bits():
+    made = many_heads().lower("xquant(bits=8)")
+    assert {site.dims for site in made.sites} == {(64, 64)}
+    assert {bytes_per_token(site) for site in made.sites} == {64 * 9 / 8}
+    want, got = (stateless(p.graph_module, prompt(30)) for p in (many_heads(), made))
+    assert 0 < (want - got).norm() < 0.05 * want.norm()
+    few = program("llama").lower("xquant")
+    assert {o.what for o in few.outcomes["place"]} == {"caches K and V"}
+
+
 def test_layers_that_share_k_and_v_share_the_latent():
     made = program("deepseek_v2").lower("share(map=[0, 0, 2, 2])")
     nodes = attention_nodes(made.graph_module.graph)
@@ -134,3 +164,15 @@ def test_layers_that_share_k_and_v_share_the_latent():
     shared = made.snapshots["share"]
     want, got = stateless(shared, ids), stateless(made.graph_module, ids)
     assert (want - got).abs().max() <= 256 * 2**-23 * want.abs().max()
+
+
+def test_the_compiled_step_reads_latents_by_the_kernel():
+    """48 numbers and a rotary key of 16: V is read from K's pages."""
+    from kvcompile.rows import fused
+
+    base = tiny("deepseek_v2", num_hidden_layers=1, kv_lora_rank=48, qk_rope_head_dim=16,
+                head_dim=16)
+    model = kvcompile.optimize(base, "full")
+    assert [fused(site) for site in model.kvcompile.engine.sites] == [{}]
+    ids = prompt(140)
+    assert torch.equal(greedy(model, ids, 8), greedy(base, ids, 8))

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,26 @@ def test_what_has_no_kernel_says_why():
                                                   shape_of(dtype=torch.float64))
     with pytest.raises(KVCompileError, match="lowrank has no Triton writer"):
         triton_source.of(formats()["lowrank"](), "triton_writer", "writer")
+
+
+def test_a_store_that_is_not_understood_is_refused():
+    @dataclass(frozen=True)
+    class Later(Store):
+        merged: bool = False
+
+    plain_store = Store.parse("store")
+    later = Later(plain_store.k, plain_store.v, merged=True)
+    assert triton_attend.unsupported(later, shape_of()) == (
+        "no Triton reader for a store with merged")
+    assert triton_attend.unsupported(replace(later, merged=False), shape_of()) is None
+
+
+@needs_triton
+def test_what_falls_back_on_a_gpu():
+    program = kvcompile.explain(plain("llama:2"), "gear(bits=2, block=64)").program
+    assert kernel_table.fallbacks(program) == [
+        "layers 0-1 on a GPU: kvc.append runs its plain body: format lowrank has no Triton writer"]
+    assert not kernel_table.fallbacks(program.lower("kivi(bits=4)"))
 
 
 @needs_triton

@@ -132,8 +132,9 @@ def append(planes: list[Any], k: list[Any], v: list[Any], positions: Any, valid:
     inputs |= {f"v{i}": last_contiguous(x) for i, x in enumerate(v)}
     inputs["valid"] = contiguous(valid)
     kernel([*cpp_append.headers(), cpp_append.functions(parsed, dims, dtype)],
-           cpp_append.statements(parsed, dims, dtype, int(heads), slots, threads()), inputs, [1],
-           torch.uint8, [f"plane{i}" for i in range(len(planes))])
+           cpp_append.statements(parsed, dims, dtype, int(heads), slots, threads(),
+                                 len(valid.get_size()) == 3), inputs, [1], torch.uint8,
+           [f"plane{i}" for i in range(len(planes))])
     return ()
 
 

@@ -156,7 +156,7 @@ def _amd(asm: Mapping[str, Any]) -> dict[str, int]:
     widths = [4 * int(m[1] or 1) for line in _code_loads(text)
               if (m := re.search(r"(?:global|buffer)_load_dword(?:x(\d))?\b", line))]
     return {"registers": figure("vgpr_count"), "local": figure("private_segment_fixed_size"),
-            "spills": figure("vgpr_spill_count") + figure("sgpr_spill_count"),
+            "spills": figure("vgpr_spill_count"),  # scalar registers spill into vector ones
             "code_load": max(widths, default=0), "mma": len(re.findall(r"v_mfma", text))}
 
 

@@ -1,0 +1,238 @@
+"""The body of kvc.evict: per-slot scores, and dropping tokens of heads that hold too many.
+
+Where every token is stored by itself, the last ones take the places of those that are dropped:
+numbers then no longer follow arrival, and `position` tells them apart. Where tokens are encoded in
+groups or wait before they are encoded, whole pages of the body leave and the later pages move up in
+the page tables. Nothing is ever encoded again, and no memory is taken or freed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from kvcompile.format import PAGE
+from kvcompile.ir import body
+from kvcompile.kernels import pages
+from kvcompile.rule import Rule
+from kvcompile.store import SIDES, Store
+
+LAST = torch.iinfo(torch.int32).max  # a position that no token has
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Planes of some layers, one row for each of their N (layer, row, head): views."""
+
+    store: Store
+    named: dict[str, Tensor]
+
+    @property
+    def count(self) -> Tensor:
+        return self.named["count"]
+
+    def table(self, tier: str) -> Tensor:
+        return self.named[f"{tier}.table"]
+
+    def slots(self, name: str) -> Tensor:
+        """What is known of every slot: [N, slots], a copy."""
+        return self.named[f"slots.all.{name}"][self.table("slots.all").long()].flatten(1)
+
+    def put(self, name: str, index: tuple[Tensor, ...], values: Tensor) -> None:
+        """Write values of the slots (head, number)."""
+        head, number = index
+        page = self.table("slots.all")[head, number // PAGE].long()
+        self.named[f"slots.all.{name}"][page, number % PAGE] = values
+
+
+def heads_of(store: Store, dims: tuple[int, int], dtype: torch.dtype, planes: Sequence[Tensor],
+             layers: slice) -> Heads:
+    """The planes of neighbouring layers."""
+    named = {spec.name: p if spec.shape else p[layers].flatten(0, 2)
+             for spec, p in zip(store.planes(dims, dtype), planes, strict=True)}
+    return Heads(store, named)
+
+
+@body("evict")
+def evict(planes: list[Tensor], mass: list[Tensor], k: list[Tensor], v: list[Tensor],
+          positions: Tensor, valid: Tensor, *, store: str, rules: list[str], slots: list[int],
+          group: int = 1) -> None:
+    """Note the call's tokens, which kvc.append has stored, and drop tokens of full heads.
+
+    `mass` is, for each layer of which scores change, what kvc.attend says that tokens got; `group`
+    the query heads of a kv head. A head that holds its limit + `every` tokens goes back to its
+    limit, by score; of equals the older token goes. `k` and `v` are the call's.
+    """
+    if not bool(valid.any()):
+        return
+    parsed, dims, dtype = Store.parse(store), (k[0].shape[-1], v[0].shape[-1]), k[0].dtype
+    given, rest = [Rule.parse(r) for r in rules], list(mass)
+    alike = [(str(r.score), r.every, r.sinks, r.recent) for r in given]
+    for _, run in groupby(range(len(given)), key=alike.__getitem__):
+        own = [*run]
+        rule, layers = given[own[0]], slice(slots[own[0]], slots[own[-1]] + 1)
+        seen, rest = (rest[: len(own)], rest[len(own):]) if rule.observes else ([], rest)
+        heads = heads_of(parsed, dims, dtype, planes, layers)
+        new = _note(heads, rule, seen, torch.stack([k[i] for i in own]), positions, valid, group)
+        if new is not None:
+            drop(heads, rule, new, dims, dtype, k[0].shape[1])
+
+
+def _note(heads: Heads, rule: Rule, mass: list[Tensor], k: Tensor, positions: Tensor,
+          valid: Tensor, group: int) -> Tensor | None:
+    """Write the positions of new tokens and everybody's scores; the newest position of each head,
+    or None if no head is full. k [L, B, H, S, D]."""
+    layers, batch, kv, tokens, _ = k.shape
+    row = torch.arange(batch, device=valid.device)[:, None].expand(-1, kv)
+    row = row.expand(layers, -1, -1).flatten()                                # of each head
+    more = valid.sum(1)[row]
+    before = heads.count - more
+    number = before[:, None] + valid.cumsum(1)[row] - 1                       # [N, S]
+    at = valid[row].nonzero(as_tuple=True)
+    slot = (at[0], number[at].long())
+    heads.put("position", slot, positions.expand(batch, -1)[row][at].int())
+    if hasattr(rule.scorer, "arrive"):
+        each = torch.stack([rule.scorer.arrive(x, positions.expand(batch, -1)) for x in k])
+        heads.put("score", slot, each.flatten(0, 2)[at])
+    if mass:
+        score = heads.slots("score")
+        got = torch.stack(mass).flatten(0, 2) / group
+        got = torch.nn.functional.pad(got, (0, max(0, score.shape[1] - got.shape[1])))
+        held = torch.arange(score.shape[1], device=score.device)
+        fresh = (held >= before[:, None]) & (held < heads.count[:, None])
+        got = torch.where(held < heads.count[:, None], got[:, : score.shape[1]], 0.0)
+        score = torch.where((more > 0)[:, None],
+                            rule.scorer.observe(score, got, fresh), score)
+        table = heads.table("slots.all").long()
+        used = (held < heads.count[:, None]).unflatten(1, (-1, PAGE))[..., 0]  # pages in use
+        heads.named["slots.all.score"][table[used]] = score.unflatten(1, (-1, PAGE))[used]
+    over = heads.count.long() - heads.named["limit"]
+    slack = rule.every if movable(heads.store) else PAGE
+    if not hasattr(rule.budgeter, "below") and not bool((over >= slack).any()):
+        return None
+    newest = torch.where(valid, positions.expand(batch, -1), -1).amax(1)
+    return newest[row]
+
+
+def movable(store: Store) -> bool:
+    """Whether each token is stored by itself, so that it can be moved."""
+    return all(store.tiers(s) == ("body",) and store.side(s).format.step == 1 for s in SIDES)
+
+
+def drop(heads: Heads, rule: Rule, newest: Tensor, dims: tuple[int, int], dtype: torch.dtype,
+         kv: int) -> None:
+    """Drop what heads hold beyond their limits; `newest` [N]: the position of their last token."""
+    score, position = heads.slots("score"), heads.slots("position")
+    held = torch.arange(score.shape[1], device=score.device) < heads.count[:, None]
+    limit = heads.named["limit"].long()
+    over = heads.count.long() - limit
+    if hasattr(rule.scorer, "final"):
+        order = torch.where(held, position, LAST).argsort(dim=-1, stable=True)
+        score = rule.scorer.final(score, _keys(heads, dims, dtype, score.shape[1]), order)
+    if getattr(rule.scorer, "shared", False):
+        score = score.unflatten(0, (-1, kv)).mean(1, keepdim=True).expand(-1, kv, -1).flatten(0, 1)
+    recent = (limit * rule.recent).long() if isinstance(rule.recent, float) else rule.recent
+    safe = position > (newest - recent)[:, None]
+    first = torch.where(held, position, LAST).amin(1, keepdim=True)
+    safe |= position < first + rule.sinks
+    score = torch.where(held & ~safe, score, torch.inf)
+    if hasattr(rule.budgeter, "below"):
+        over = rule.budgeter.below(score)
+    if movable(heads.store):
+        _tokens(heads, rule, score, position, over, dims, dtype)
+    else:
+        _pages(heads, score, over)
+
+
+def _keys(heads: Heads, dims: tuple[int, int], dtype: torch.dtype, slots: int) -> Tensor:
+    """K of every slot, decoded: [N, slots, Dk] in fp32."""
+    out = torch.zeros(len(heads.count), slots, dims[0], device=heads.count.device)
+    named = {name: p[None] if name.endswith(("table", "count")) else p
+             for name, p in heads.named.items()}
+    tiers = pages.tiers(heads.store, "k", named, dims[0], dtype)
+    for head, n in enumerate(heads.count.tolist()):
+        own = slice(head, head + 1)
+        out[head, :n] = pages.stored(heads.store, "k", tiers, 0, own, n)[0].float()
+    return out
+
+
+def _tokens(heads: Heads, rule: Rule, score: Tensor, position: Tensor, over: Tensor,
+            dims: tuple[int, int], dtype: torch.dtype) -> None:
+    """The last tokens take the places of those that are dropped."""
+    over = torch.where(over >= rule.every, over, 0).minimum(score.isfinite().sum(1))
+    most, at = int(over.max()), torch.arange(score.shape[1], device=score.device)
+    if most <= 0:
+        return
+    if most == 1:
+        equal = score == score.amin(1, keepdim=True)
+        oldest = torch.where(equal, position, LAST).argmin(1)
+        gone = (at == oldest[:, None]) & (over > 0)[:, None]
+    else:
+        order = position.argsort(dim=-1, stable=True)
+        order = order.gather(1, score.gather(1, order).argsort(dim=-1, stable=True))
+        gone = torch.zeros_like(score, dtype=torch.bool).scatter(1, order, at < over[:, None])
+    left = (heads.count - over)[:, None]
+    hole = (gone & (at < left)).nonzero(as_tuple=True)
+    tail = (~gone & (at >= left) & (at < heads.count[:, None])).nonzero(as_tuple=True)
+    for spec, pool in ((s, heads.named[s.name]) for s in heads.store.planes(dims, dtype)):
+        tier = spec.name.rpartition(".")[0]
+        if not spec.shape:
+            continue
+        to, source = ((heads.table(tier)[h, n // PAGE].long(), n % PAGE) for h, n in (hole, tail))
+        side = tier.partition(".")[0]
+        if side in SIDES:
+            plane = heads.store.side(side).format.planes(dims[SIDES.index(side)], dtype, side)[
+                spec.name.rpartition(".")[2]]
+            view, lanes = plane.steps(pool), plane.lanes
+            view[to[0], to[1] // lanes, to[1] % lanes] = view[
+                source[0], source[1] // lanes, source[1] % lanes]
+        else:
+            pool[to] = pool[source]
+    heads.count.sub_(over.int())
+
+
+def _pages(heads: Heads, score: Tensor, over: Tensor) -> None:
+    """Pages of the body leave; the later ones move up, and those that left wait behind them."""
+    store, counts = heads.store, heads.count.tolist()
+    whole = torch.tensor([min(store.spans(s, n)["body"].end for s in SIDES) // PAGE
+                          for n in counts], device=score.device)
+    mean = score.unflatten(1, (-1, PAGE)).mean(-1)               # inf where one is protected
+    at = torch.arange(mean.shape[1], device=score.device)
+    mean = torch.where(at < whole[:, None], mean, torch.inf)
+    leave = torch.where(over >= PAGE, over // PAGE, 0).minimum(mean.isfinite().sum(1))
+    ranks = mean.argsort(dim=-1, stable=True).argsort(-1)
+    gone = ranks < leave[:, None]
+    for key in ("slots.all", *(f"{s}.{t}" for s in SIDES for t in store.tiers(s))):
+        table, (side, tier) = heads.table(key), key.split(".")
+        ring = store.ring(side, tier)
+        places = torch.arange(table.shape[1], device=score.device)
+        if ring is None:
+            ends = [n if side == "slots" else store.spans(side, n)[tier].end for n in counts]
+            used = -(-torch.tensor(ends, device=score.device)[:, None] // PAGE)
+            own = torch.nn.functional.pad(gone, (0, max(0, table.shape[1] - gone.shape[1])))
+            own = own[:, : table.shape[1]]
+            order = torch.where(places >= used, 2, own.long()).argsort(dim=-1, stable=True)
+        else:
+            order = (places + leave[:, None]) % (ring // PAGE)
+        table.copy_(table.gather(1, order.clamp(max=table.shape[1] - 1)))
+    heads.count.sub_((leave * PAGE).int())
+
+
+def fill(store: Store, dims: tuple[int, int], dtype: torch.dtype, planes: Sequence[Tensor],
+         slot: int, kept: Tensor, positions: Tensor, scores: Tensor) -> None:
+    """What is known of a prompt's tokens: those of the columns `kept` [B, H, S] (-1: none), which a
+    layer holds under the numbers 0, 1, ..; their position ids and scores [B, H, S]."""
+    heads = heads_of(store, dims, dtype, planes, slice(slot, slot + 1))
+    at = (kept.flatten(0, 1) >= 0).nonzero(as_tuple=True)
+    heads.put("position", at, positions.flatten(0, 1)[at].int())
+    heads.put("score", at, scores.flatten(0, 1)[at].float())
+
+
+def slot_positions(store: Store, dims: tuple[int, int], dtype: torch.dtype,
+                   planes: Sequence[Tensor], slot: int) -> list[Tensor]:
+    """The position ids that each (row, head) of a layer holds, by number."""
+    heads = heads_of(store, dims, dtype, planes, slice(slot, slot + 1))
+    return [p[:n].long()
+            for p, n in zip(heads.slots("position"), heads.count.tolist(), strict=True)]

@@ -1,0 +1,121 @@
+"""The bodies of kvc.score and kvc.keep: which tokens of a prompt are stored."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from kvcompile.ir import body
+from kvcompile.prompt import Prompt
+from kvcompile.rule import Rule
+
+
+def _rows(valid: Tensor, probe: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(row, columns of its tokens, those of them that are to be scored)."""
+    scored = valid.shape[1] - probe
+    for row, keep in enumerate(valid):
+        columns = keep.nonzero().flatten()
+        yield row, columns, columns[columns < scored]
+
+
+@body("score")
+def score(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor, hints: Tensor,
+          weight: Tensor | None, angles: Tensor | None, *, rule: str, scale: float,
+          softcap: float = 0.0, style: str = "half") -> tuple[Tensor, Tensor]:
+    """How much each token matters: fp32 [B, H, S], -inf for padding; what the budget measures, [B].
+
+    `hints` is int64 [2]: columns at the end that only look at the others, and tokens of the
+    question before them. A row's scores are what the row gets alone.
+    """
+    parsed = Rule.parse(rule)
+    probe, question = hints.tolist()
+    scores = torch.full(k.shape[:3], -torch.inf, device=k.device)
+    measures = torch.zeros(len(k), device=k.device)
+    for row, columns, own in _rows(valid, probe):
+        if not len(own):
+            continue
+        x = Prompt(q[row][:, columns], k[row][:, columns], v[row][:, columns],
+                   positions[row, columns], scale, softcap, len(own), min(question, len(own)),
+                   weight, _angles(angles, row, columns), style, parsed.layer, parsed.layers)
+        scores[row][:, own] = parsed.scorer.prompt(x).float()
+        measures[row] = parsed.budgeter.measure(x)
+    return scores, measures
+
+
+def _angles(angles: Tensor | None, row: int, columns: Tensor) -> Tensor | None:
+    if angles is None:
+        return None
+    angles = angles.flatten(0, -3) if angles.dim() > 3 else angles
+    return angles[row % angles.shape[0], columns].float()
+
+
+@body("keep")
+def keep(scores: list[Tensor], measures: list[Tensor], k: list[Tensor], v: list[Tensor],
+         positions: Tensor, valid: Tensor, hints: Tensor, angles: Tensor | None, *,
+         rules: list[str], style: str = "half"
+         ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """K [B, H, S', D], V, columns [B, H, S'] (int32, -1 at the end of a head) and scores of the
+    tokens that each head of some layers keeps, in order. Budgets that span layers see all of
+    them."""
+    parsed, probe = [Rule.parse(r) for r in rules], int(hints[0])
+    kept: list[list[list[Tensor]]] = []             # row, layer, head
+    both = [[x.clone() if r.merge or r.positions != "original" else x for x, r in
+             zip(xs, parsed, strict=True)] for xs in (k, v)]
+    for row, columns, own in _rows(valid, probe):
+        each = [s[row][:, own] for s in scores]
+        chosen = select(parsed, each, [float(m[row]) for m in measures])
+        kept.append([[own[at] for at in heads] for heads in chosen])
+        for i, rule in enumerate(parsed):
+            keys, values = (x[i] for x in both)
+            if rule.merge:
+                new = rule.merger.into(keys[row][:, own], values[row][:, own], each[i], chosen[i])
+                for x, changed in zip((keys, values), new, strict=True):
+                    x[row][:, own] = changed.to(x.dtype)
+            if rule.positions != "original":
+                _turn(keys[row], kept[-1][i], positions[row], own, Prompt(
+                    keys[row], keys[row], keys[row], positions[row, columns], 1.0,
+                    angles=_angles(angles, row, columns), style=style))
+    most = [max((len(at) for row in kept for at in row[i]), default=0) for i in range(len(k))]
+    out = [torch.full((*x.shape[:2], n), -1, dtype=torch.int32, device=x.device)
+           for x, n in zip(k, most, strict=True)]
+    for row, layers in enumerate(kept):
+        for i, heads in enumerate(layers):
+            for head, at in enumerate(heads):
+                out[i][row, head, : len(at)] = at.int()
+    places = [at.clamp(min=0).long() for at in out]
+    gathered = [[x.gather(2, at[..., None].expand(-1, -1, -1, x.shape[-1])) for x, at in
+                 zip(xs, places, strict=True)] for xs in both]
+    return (*gathered, out, [s.gather(2, at) for s, at in zip(scores, places, strict=True)])  # type: ignore[return-value]
+
+
+def select(rules: Sequence[Rule], scores: list[Tensor], measures: Sequence[float]
+           ) -> list[list[Tensor]]:
+    """Numbers of the tokens that each head of each layer keeps, ascending; scores [H, T].
+
+    Of equal scores the earlier token stays. What is protected always does, and a head is never
+    emptied.
+    """
+    tokens = scores[0].shape[1]
+    for rule, s in zip(rules, scores, strict=True):
+        s[:, : rule.sinks] = torch.inf
+        recent = rule.protected(rule.budgeter.most(tokens, len(s))[0])
+        s[:, tokens - min(tokens, recent):] = torch.inf
+    counts = rules[0].budgeter.counts(scores, measures) if rules[0].budgeter.across else [
+        r.budgeter.counts([s], [m])[0] for r, s, m in zip(rules, scores, measures, strict=True)]
+    chosen = []
+    for s, numbers in zip(scores, counts, strict=True):
+        order = s.argsort(dim=-1, descending=True, stable=True)
+        least = s.isposinf().sum(-1).clamp(min=1).tolist()
+        chosen.append([order[h, : min(tokens, max(n, m))].sort().values
+                       for h, (n, m) in enumerate(zip(numbers, least, strict=True))])
+    return chosen
+
+
+def _turn(keys: Tensor, kept: list[Tensor], positions: Tensor, own: Tensor, x: Prompt) -> None:
+    """Turn the kept keys [H, S, Dk], in place, to the positions that end with the prompt's last."""
+    last = int(positions[own[-1]])
+    for head, at in enumerate(kept):
+        to = torch.arange(last - len(at) + 1, last + 1, device=at.device)
+        cos, sin = x.rotation(to - positions[at])
+        keys[head, at] = torch.ops.kvc.rope(keys[head, at][None, None].float(), cos, sin,
+                                            style=x.style)[0, 0].to(keys.dtype)

@@ -1,0 +1,95 @@
+"""What a scorer sees of one layer and one row: the prompt's q, K and V, padding taken out."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kvcompile.errors import KVCompileError
+
+CHUNK = 256  # queries whose weights are formed at a time
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """q [Hq, N, Dk], k [H, N, Dk], v [H, N, Dv], positions [N] of one row.
+
+    tokens    how many of the N tokens are to be scored: those after them only look (KVzip)
+    question  how many of the scored tokens, at the end, are the question (0: not said)
+    weight    of the linear that follows attention, [hidden, Hq * Dv], where a scorer asks for it
+    angles    rotary angles at the positions, [N, R] or [N, R / 2] in fp32, likewise; `style` as
+              in kvc.rope
+    layer     number of the layer among the `layers` that the rule is for
+    seed      of what is drawn at random; the same for a row in any batch
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    positions: Tensor
+    scale: float
+    softcap: float = 0.0
+    tokens: int = 0
+    question: int = 0
+    weight: Tensor | None = None
+    angles: Tensor | None = None
+    style: str = "half"
+    layer: int = 0
+    layers: int = 1
+
+    @property
+    def heads(self) -> int:
+        return self.k.shape[0]
+
+    @cached_property
+    def queries(self) -> Tensor:
+        """q folded by kv head: [H, G, N, Dk] in fp32."""
+        return self.q.float().unflatten(0, (self.heads, -1))
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """K of the scored tokens, [H, T, Dk] in fp32."""
+        return self.k[:, : self.tokens].float()
+
+    @cached_property
+    def values(self) -> Tensor:
+        """V of the scored tokens, [H, T, Dv] in fp32."""
+        return self.v[:, : self.tokens].float()
+
+    def weights(self, start: int, stop: int | None = None) -> Iterator[Tensor]:
+        """Causal softmax weights of the queries [start, stop), some rows at a time.
+
+        Each is [H, G, rows, N] in fp32, 0 where a token is not seen. No N x N matrix is formed.
+        """
+        n, keys = self.k.shape[1], self.k.float()
+        stop = n if stop is None else stop
+        at = torch.arange(n, device=keys.device)
+        for first in range(start, stop, CHUNK):
+            last = min(first + CHUNK, stop)
+            logits = self.queries[:, :, first:last] @ keys[:, None].transpose(-1, -2) * self.scale
+            if self.softcap:
+                logits = self.softcap * torch.tanh(logits / self.softcap)
+            later = at > at[first:last, None]
+            yield logits.masked_fill(later, -torch.inf).softmax(-1)
+
+    @cached_property
+    def rates(self) -> Tensor:
+        """Rotary angle per position for each pair of channels, fp64 [R / 2]."""
+        if self.angles is None:
+            raise KVCompileError("the rotary angles of this model were not found")
+        at = int(self.positions.argmax())
+        angles = self.angles[at].double() / max(int(self.positions[at]), 1)
+        first, second = (angles[::2], angles[1::2]) if self.style == "interleaved" else (
+            angles.chunk(2) if len(angles) > 1 else (angles, -angles))
+        return first if torch.equal(first, second) else angles  # each angle may stand twice
+
+    def rotation(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin in fp32 [len(at), R] that turn a vector by `at` positions."""
+        angles = at.double()[:, None] * self.rates
+        if self.style == "interleaved":
+            angles = angles.repeat_interleave(2, -1)
+        else:
+            angles = torch.cat([angles, angles], -1)
+        return angles.cos().float(), angles.sin().float()

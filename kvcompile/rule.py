@@ -1,0 +1,191 @@
+"""Which tokens a layer keeps, as data: one value per axis, each found by name in a registry.
+
+    rule(score=window(window=64), budget=uniform(ratio=0.25), sinks=4, recent=0.5, every=1, ...)
+
+A scorer gives every token of every kv head a number, higher is kept longer. A budget turns scores
+into numbers of tokens, per head. A merge says what becomes of what is not kept. They are frozen
+dataclasses in `SCORERS`, `BUDGETS` and `MERGES` of the modules in `passes/`, or in other packages
+behind the entry points `kvcompile.scorers`, `.budgets` and `.merges`; their fields are their
+options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cache, cached_property
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from kvcompile.errors import RecipeError, nearest
+from kvcompile.prompt import Prompt
+from kvcompile.recipe import Term, Value, parse_term
+from kvcompile.registry import plugins
+
+
+class Scorer(Protocol):
+    """How much a token matters. `needs` names what it reads beside q, K and V: "weight" (of the
+    linear after attention), "angles" (rotary) or "probe" (the prompt a second time)."""
+
+    name: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]]
+
+    def prompt(self, x: Prompt) -> Tensor:
+        """[H, T] in fp32; infinite where a token must stay."""
+        ...
+
+
+class Budget(Protocol):
+    """How many tokens each head keeps. `across`: decided over all layers of the rule at once."""
+
+    name: ClassVar[str]
+    across: ClassVar[bool]
+
+    def measure(self, x: Prompt) -> float:
+        """What the layer's attention says of it; handed to `counts`."""
+        ...
+
+    def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
+        """Tokens that each head of these layers keeps, from their scores [H, T]."""
+        ...
+
+    def most(self, tokens: int, heads: int) -> tuple[int, int]:
+        """At most how many tokens a head keeps of so many, and all heads of a layer together (of
+        budgets that span layers: on average)."""
+        ...
+
+
+class Merge(Protocol):
+    """What becomes of the tokens that are not kept."""
+
+    name: ClassVar[str]
+
+    def into(self, k: Tensor, v: Tensor, scores: Tensor, kept: Sequence[Tensor]
+             ) -> tuple[Tensor, Tensor]:
+        """K [H, T, Dk] and V [H, T, Dv], changed where a token is kept: `kept[head]` are numbers,
+        ascending."""
+        ...
+
+
+class Around:
+    """Mixin of scorers around a scorer: they need what `of` needs, and its window stays."""
+
+    of: Term
+    also: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def base(self) -> Any:
+        return named("scorer", self.of)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (*self.base.needs, *self.also)
+
+    @property
+    def window(self) -> int:
+        return getattr(self.base, "window", 0)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The rule of one layer.
+
+    sinks      first tokens that are never dropped
+    recent     newest tokens that are never dropped: a number, or a share (float) of the budget
+    every      while decoding, tokens are dropped when a head holds this many more than its budget;
+               0: never, what follows the prompt is all kept
+    merge      what becomes of the others; None: they are dropped
+    positions  original, or rerotated: kept keys are turned to lie side by side before the prompt's
+               end
+    """
+
+    score: Term
+    budget: Term
+    sinks: int = 0
+    recent: int | float = 0
+    every: int = 0
+    merge: Term | None = None
+    positions: str = "original"
+    layer: int = 0
+    layers: int = 1
+
+    @staticmethod
+    @cache
+    def parse(text: str) -> Rule:
+        """The rule that `text` spells; `Rule.parse(str(r)) == r`."""
+        given: dict[str, Any] = dict(parse_term(text).args)
+        for name in ("score", "budget", "merge"):
+            if isinstance(given.get(name), str):
+                given[name] = Term(given[name])
+        return Rule(**given)
+
+    def __str__(self) -> str:
+        args: list[tuple[str, Value]] = [
+            (f.name, getattr(self, f.name)) for f in fields(self)
+            if f.name in ("score", "budget") or getattr(self, f.name) != f.default]
+        return str(Term("rule", tuple(args)))
+
+    @cached_property
+    def scorer(self) -> Any:
+        return named("scorer", self.score)
+
+    @cached_property
+    def budgeter(self) -> Any:
+        return named("budget", self.budget)
+
+    @cached_property
+    def merger(self) -> Any:
+        return None if self.merge is None else named("merge", self.merge)
+
+    @property
+    def needs(self) -> set[str]:
+        """What is read beside q, K and V."""
+        turned = {"angles"} if self.positions != "original" else set()
+        return {*self.scorer.needs, *turned}
+
+    @property
+    def observes(self) -> bool:
+        """Whether scores change with what each step attends to."""
+        return self.every > 0 and hasattr(self.scorer, "observe")
+
+    def protected(self, budget: int) -> int:
+        """Newest tokens that stay where a head keeps `budget`."""
+        return int(self.recent * budget) if isinstance(self.recent, float) else self.recent
+
+    def most(self, tokens: int, heads: int) -> tuple[int, int]:
+        """At most how many of `tokens` a head holds after the prompt, and a layer's heads all."""
+        each, total = self.budgeter.most(tokens, heads)
+        least = self.sinks + self.protected(each) + getattr(self.scorer, "window", 0)
+        each = min(tokens, max(each, least, 1))
+        return each, min(heads * each, max(total, heads * least))
+
+
+@cache
+def known(kind: str) -> dict[str, Any]:
+    """name -> class of what the axis `kind` (scorer, budget, merge) may be."""
+    found = plugins("passes", f"{kind.upper()}S", f"kvcompile.{kind}s")
+    every = [c for loaded in found for c in (loaded if isinstance(loaded, tuple) else (loaded,))]
+    return {c.name: c for c in every}
+
+
+@cache
+def named(kind: str, term: Term | str) -> Any:
+    """The scorer, budget or merge that `term` spells."""
+    term, table = Term(term) if isinstance(term, str) else term, known(kind)
+    if term.name not in table:
+        raise RecipeError(f"unknown {kind} {term.name!r}{nearest(term.name, table)}; known: "
+                          f"{', '.join(table)}")
+    cls = table[term.name]
+    legal = [f.name for f in fields(cls)]
+    for key, _ in term.args:
+        if key not in legal:
+            raise RecipeError(f"unknown option {key!r} of {kind} {term.name}{nearest(key, legal)}; "
+                              f"known: {', '.join(legal)}")
+    return cls(**dict(term.args))
+
+
+def options(kind: str, name: str) -> set[str]:
+    """The options of a scorer, budget or merge; none if there is no such one."""
+    table = known(kind)
+    return {f.name for f in fields(table[name])} if name in table else set()

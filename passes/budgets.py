@@ -1,0 +1,335 @@
+"""Budgets: how many tokens each head keeps. In tokens, or as the kept share of the prompt."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvcompile.errors import RecipeError
+from kvcompile.prompt import Prompt
+from kvcompile.recipe import Term
+from kvcompile.rule import named
+
+UNBOUNDED = 2**31 - 1
+
+
+def size(tokens: int, ratio: float, of: int) -> int:
+    """The budget of one head, of `of` tokens: at least one, at most all."""
+    return max(1, min(of, tokens if tokens else int(of * ratio + 1e-9)))
+
+
+@dataclass(frozen=True)
+class Sized:
+    """`tokens` for each head, or the share `ratio` of the prompt."""
+
+    tokens: int = 0
+    ratio: float = 1.0
+    across: ClassVar[bool] = False
+
+    def measure(self, x: Prompt) -> float:
+        return 0.0
+
+    def most(self, tokens: int, heads: int) -> tuple[int, int]:
+        each = size(self.tokens, self.ratio, tokens)
+        return each, heads * each
+
+    def limit(self, counts: Sequence[int], tokens: int) -> list[int]:
+        """What the heads may hold while decoding, after a prompt of which they kept `counts`."""
+        return [self.tokens or max(1, n) for n in counts]
+
+
+@dataclass(frozen=True)
+class Uniform(Sized):
+    """Every head the same."""
+
+    name: ClassVar[str] = "uniform"
+
+    def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
+        return [[size(self.tokens, self.ratio, s.shape[1])] * len(s) for s in scores]
+
+
+@dataclass(frozen=True)
+class Pyramid(Sized):
+    """PyramidKV: layer l of L gets max - l (max - min) / (L - 1) tokens beside its window.
+
+    min is the mean budget beside the window over `beta`, and the mean over the layers is kept.
+    Where the prompt is too short for that, every layer gets the mean.
+    """
+
+    window: int = 32
+    beta: float = 20.0
+    layer: int = 0
+    layers: int = 1
+    name: ClassVar[str] = "pyramid"
+
+    def _tokens(self, tokens: int) -> int:
+        mean = size(self.tokens, self.ratio, tokens)
+        spare = mean - self.window
+        low = int(spare / self.beta)
+        high = 2 * spare - low
+        if high > tokens - self.window:
+            high = tokens - self.window
+            low = 2 * spare - high
+        if self.layers == 1 or not high >= low >= 0 or spare <= 0:
+            return mean
+        return self.window + round(high - self.layer * (high - low) / (self.layers - 1))
+
+    def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
+        return [[self._tokens(s.shape[1])] * len(s) for s in scores]
+
+    def most(self, tokens: int, heads: int) -> tuple[int, int]:
+        each = self._tokens(tokens)
+        return each, heads * each
+
+
+@dataclass(frozen=True)
+class Pooled(Sized):
+    """Ada-KV: the heads of a layer share their budgets, and the best scores take them.
+
+    Each head is sure of the share `floor` of its own; `of` is a budget that says what that is.
+    """
+
+    of: Term = Term("uniform")
+    floor: float = 0.2
+    name: ClassVar[str] = "pooled"
+
+    def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
+        return [pool([s], self._each(*s.shape), self.floor)[0] for s in scores]
+
+    def _each(self, heads: int, tokens: int) -> int:
+        return named("budget", self.of).most(tokens, heads)[0]
+
+    def most(self, tokens: int, heads: int) -> tuple[int, int]:
+        each = self._each(heads, tokens)
+        return min(tokens, heads * each), heads * each
+
+
+@dataclass(frozen=True)
+class Everywhere(Sized):
+    """KVzip: all heads of all layers share their budgets."""
+
+    floor: float = 0.0
+    name: ClassVar[str] = "everywhere"
+    across: ClassVar[bool] = True
+
+    def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
+        return pool(scores, size(self.tokens, self.ratio, scores[0].shape[1]), self.floor)
+
+    def most(self, tokens: int, heads: int) -> tuple[int, int]:
+        return tokens, heads * size(self.tokens, self.ratio, tokens)
+
+
+def pool(scores: Sequence[Tensor], each: int, floor: float) -> list[list[int]]:
+    """Tokens per head of each layer, if `each` a head are given out to the best scores [H, T]."""
+    sure = int(each * floor)
+    every = torch.cat([s.clone() for s in scores])
+    if sure:
+        every.scatter_(-1, every.topk(sure, -1).indices, torch.inf)
+    order = every.flatten().argsort(descending=True, stable=True)[: each * len(every)]
+    counts = torch.bincount(order // every.shape[1], minlength=len(every))
+    return [c.tolist() for c in counts.split([len(s) for s in scores])]
+
+
+@dataclass(frozen=True)
+class Threshold(Sized):
+    """All tokens whose score is at least `at`."""
+
+    at: float = 0.0
+    name: ClassVar[str] = "threshold"
+
+    def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
+        return [(s >= self.at).sum(-1).tolist() for s in scores]
+
+    def most(self, tokens: int, heads: int) -> tuple[int, int]:
+        return tokens, heads * tokens
+
+    def limit(self, counts: Sequence[int], tokens: int) -> list[int]:
+        return [UNBOUNDED] * len(counts)
+
+    def below(self, score: Tensor) -> Tensor:
+        """How many tokens of each head leave while decoding, from scores [N, slots]."""
+        return (score < self.at).sum(1)
+
+
+@dataclass(frozen=True)
+class WholeChunks(Sized):
+    """ChunkKV: as many whole chunks of `length` tokens as fit; at least one."""
+
+    length: int = 10
+    name: ClassVar[str] = "chunks"
+
+    def _chunks(self, tokens: int) -> int:
+        every = -(-tokens // self.length)
+        if self.tokens:
+            return max(1, min(every, self.tokens // self.length))
+        return max(1, int(every * self.ratio + 1e-9))
+
+    def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
+        out = []
+        for s in scores:
+            starts = s[0, :: self.length]
+            best = starts.argsort(descending=True, stable=True)[: self._chunks(s.shape[1])]
+            held = (best + 1) * self.length
+            each = int((held.clamp(max=s.shape[1]) - best * self.length).sum())
+            out.append([each] * len(s))
+        return out
+
+    def most(self, tokens: int, heads: int) -> tuple[int, int]:
+        each = min(tokens, self._chunks(tokens) * self.length)
+        return each, heads * each
+
+
+@dataclass(frozen=True)
+class PerPart(Sized):
+    """FINCH: the share `ratio` of every part of `length` tokens, at least one."""
+
+    length: int = 512
+    name: ClassVar[str] = "parts"
+
+    def _tokens(self, tokens: int) -> int:
+        return sum(max(1, int(min(self.length, tokens - start) * self.ratio))
+                   for start in range(0, tokens, self.length))
+
+    def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
+        return [[max(self._tokens(s.shape[1]), int((row > 0).sum())) for row in s] for s in scores]
+
+    def most(self, tokens: int, heads: int) -> tuple[int, int]:
+        each = self._tokens(tokens)
+        return each, heads * each
+
+
+@dataclass(frozen=True)
+class ByHead(Sized):
+    """A static map of a layer: `of[head]` tokens, 0 for all; or the share `share`, if that is more.
+    """
+
+    of: tuple[int, ...] = ()
+    share: float = 0.0
+    name: ClassVar[str] = "byhead"
+
+    def _of(self, tokens: int) -> list[int]:
+        return [max(n, int(self.share * tokens)) if n else UNBOUNDED for n in self.of]
+
+    def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
+        for s in scores:
+            if len(s) != len(self.of):
+                raise RecipeError(f"a map of {len(self.of)} heads for a layer of {len(s)} kv heads")
+        return [[min(n, s.shape[1]) for n in self._of(s.shape[1])] for s in scores]
+
+    def most(self, tokens: int, heads: int) -> tuple[int, int]:
+        each = [min(n, tokens) for n in self._of(tokens)]
+        return max(each), sum(each)
+
+    def limit(self, counts: Sequence[int], tokens: int) -> list[int]:
+        return self._of(tokens)
+
+
+@dataclass(frozen=True)
+class Lazy(Sized):
+    """SimLayerKV: a layer is lazy if its last `queries` give more than `above` to the first `sinks`
+    and the newest `recent` tokens; it keeps just these, other layers everything."""
+
+    sinks: int = 4
+    recent: int = 1024
+    above: float = 0.9
+    queries: int = 1
+    name: ClassVar[str] = "lazy"
+
+    def measure(self, x: Prompt) -> float:
+        mass = [w[..., : self.sinks].sum(-1) + w[..., max(self.sinks, x.tokens - self.recent):
+                                                 x.tokens].sum(-1)
+                for w in x.weights(x.tokens - min(self.queries, x.tokens), x.tokens)]
+        return float(torch.cat(mass, -1).mean() > self.above)
+
+    def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
+        return [[min(s.shape[1], self.sinks + self.recent) if m else s.shape[1]] * len(s)
+                for s, m in zip(scores, measures, strict=True)]
+
+    def most(self, tokens: int, heads: int) -> tuple[int, int]:
+        return tokens, heads * tokens
+
+    def limit(self, counts: Sequence[int], tokens: int) -> list[int]:
+        least = self.sinks + self.recent
+        return [least if n <= least < tokens else UNBOUNDED for n in counts]
+
+
+@dataclass(frozen=True)
+class Cake(Sized):
+    """CAKE: layers share their budgets as P_l = H^(1 / t1) V^(1 / t2).
+
+    Over the last `window` queries' weights on the tokens before them, mean over the heads: H is the
+    entropy of their mean, V the sum over tokens of their variance.
+    """
+
+    window: int = 32
+    t1: float = 1.0
+    t2: float = 1.0
+    name: ClassVar[str] = "cake"
+    across: ClassVar[bool] = True
+
+    def measure(self, x: Prompt) -> float:
+        first = x.tokens - min(self.window, x.tokens)
+        if not first:
+            return 1.0
+        w = torch.cat([w[..., :first] for w in x.weights(first, x.tokens)], 2).mean((0, 1))
+        mean = w.mean(0)
+        entropy = -(mean * mean.clamp(min=1e-10).log()).sum()
+        return float(entropy ** (1 / self.t1) * w.var(0, correction=0).sum() ** (1 / self.t2))
+
+    def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
+        tokens = scores[0].shape[1]
+        return [[n] * len(s) for n, s in zip(
+            shares(measures, size(self.tokens, self.ratio, tokens), self.window, tokens), scores,
+            strict=True)]
+
+    def most(self, tokens: int, heads: int) -> tuple[int, int]:
+        return tokens, heads * size(self.tokens, self.ratio, tokens)
+
+
+@dataclass(frozen=True)
+class Dense(Sized):
+    """D2O: layers share their budgets by how evenly they attend: exp(-variance of the weight that
+    tokens receive, relative to the layers' mean)."""
+
+    name: ClassVar[str] = "dense"
+    across: ClassVar[bool] = True
+
+    def measure(self, x: Prompt) -> float:
+        total = torch.zeros(x.k.shape[1], device=x.k.device)
+        for w in x.weights(0, x.tokens):
+            total += w.sum(2).mean((0, 1))
+        return float(total[: x.tokens].var(correction=0))
+
+    def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
+        tokens, mean = scores[0].shape[1], sum(measures) / len(measures) or 1.0
+        evenness = torch.exp(-torch.tensor(measures) / mean).tolist()
+        return [[n] * len(s) for n, s in zip(
+            shares(evenness, size(self.tokens, self.ratio, tokens), 0, tokens), scores,
+            strict=True)]
+
+    def most(self, tokens: int, heads: int) -> tuple[int, int]:
+        return tokens, heads * size(self.tokens, self.ratio, tokens)
+
+
+def shares(weights: Sequence[float], mean: int, least: int, most: int) -> list[int]:
+    """`mean` * len(weights) tokens in proportion, `least` to each first, `most` at most.
+
+    What some cannot take is given to the others in the same proportion.
+    """
+    least, out = min(least, mean), [0] * len(weights)
+    spare, still = (mean - least) * len(weights), {*range(len(weights))}
+    while still:
+        total = sum(weights[i] for i in still)
+        each = {i: int(spare * (weights[i] / total if total else 1 / len(still))) for i in still}
+        full = {i for i in still if least + each[i] >= most}
+        for i in full or still:
+            out[i] = min(most, least + each[i])
+        spare -= sum(most - least for _ in full)
+        still = still - full if full else set()
+    return out
+
+
+BUDGETS = (Uniform, Pyramid, Pooled, Everywhere, Threshold, WholeChunks, PerPart, ByHead, Lazy,
+           Cake, Dense)

@@ -1,0 +1,59 @@
+"""What layers with a rule keep of a prompt, written into the graph with a cache."""
+
+import operator
+from dataclasses import replace
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from kvcompile.beside import output_weight, rotary
+from kvcompile.ir import KEEP, SCORE, argument
+from kvcompile.rule import Rule
+from kvcompile.site import Site
+from kvcompile.store import SIDES
+
+
+class Chosen:
+    """Writes what layers with a rule keep of a prompt: kvc.score at once; kvc.keep at once too, or
+    where a budget spans layers at the end of the graph."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph, self.found = graph, dict[int, list[Node]]()
+        self.waiting: dict[str, list[tuple[Site, Node, Node]]] = {}
+        last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+        with graph.inserting_after(last):
+            self.hints = graph.placeholder("hints")
+
+    def score(self, node: Node, site: Site) -> None:
+        """Score a layer's tokens, before `node`, its attention."""
+        rule, (angles, style) = Rule.parse(site.rule), rotary(node)
+        weight = output_weight(node, self.graph) if "weight" in rule.needs else None
+        given = [argument(node, n) for n in ("q", "k", "v", "positions", "valid")]
+        both = self._call(SCORE, *given, self.hints, weight, angles, rule=site.rule,
+                     scale=argument(node, "scale"), softcap=argument(node, "softcap"), style=style)
+        if rule.budgeter.across:
+            key = str(replace(rule, layer=0, budget=rule.budgeter.name))
+            self.waiting.setdefault(key, []).append((site, node, both))
+        else:
+            self._keep([(site, node, both)])
+
+    def _keep(self, layers: list[tuple[Site, Node, Node]]) -> None:
+        first, (angles, style) = layers[0][1], rotary(layers[0][1])
+        scores, measures = ([self._call(operator.getitem, both, i) for *_, both in layers]
+                            for i in (0, 1))
+        k, v = ([argument(node, side) for _, node, _ in layers] for side in SIDES)
+        every = self._call(KEEP, scores, measures, k, v, argument(first, "positions"),
+                      argument(first, "valid"), self.hints, angles,
+                      rules=[site.rule for site, *_ in layers], style=style)
+        parts = [self._call(operator.getitem, every, i) for i in range(4)]
+        for i, (site, *_) in enumerate(layers):
+            self.found[site.layer] = [self._call(operator.getitem, p, i) for p in parts]
+
+    def kept(self) -> list[list[Node]]:
+        """K, V, columns and scores of each layer with a rule, in order."""
+        for layers in self.waiting.values():
+            self._keep(layers)
+        return [self.found[layer] for layer in sorted(self.found)]
+
+    def _call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        return self.graph.call_function(target, args, kwargs)

@@ -1,0 +1,70 @@
+"""evict: a layer whose rule drops tokens while decoding knows the score of each that it holds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, cast
+
+from torch.fx import GraphModule, Node
+
+from kvcompile.errors import RecipeError
+from kvcompile.format import PAGE, term_of
+from kvcompile.ir import argument, attention_nodes
+from kvcompile.plan import LayerPlan
+from kvcompile.rewrite import Outcome, Rewritten
+from kvcompile.rule import Rule
+from kvcompile.store import SIDES, Store
+
+
+@dataclass(frozen=True)
+class Evict:
+    """attention(store, rule) -> attention(store with slots, rule), where the rule has `every`.
+
+    Tokens leave one by one where each is stored by itself. Where a format encodes several together
+    or tokens wait before they are encoded, whole pages of the body leave, since nothing is ever
+    encoded twice.
+    """
+
+    name: ClassVar[str] = "evict"
+    order: ClassVar[int] = 65
+    axes: ClassVar[tuple[str, ...]] = ()
+
+    def run(self, gm: GraphModule, plan: Sequence[LayerPlan]) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        for index, node in enumerate(attention_nodes(gm.graph)):
+            rule = Rule.parse(argument(node, "rule")) if argument(node, "rule") else None
+            if rule and argument(node, "members"):
+                raise RecipeError(f"{plan[index].origin['keep.score']}: layer {index} is stored "
+                                  "together with another, which would keep other tokens")
+            if not rule or not rule.every:
+                continue
+            store = Store.parse(argument(node, "store"))
+            how = _how(node, rule, store, plan[index].origin["keep.score"])
+            node.kwargs = cast(Any, {**node.kwargs, "store": str(replace(store, slots=True))})
+            outcomes.append(Rewritten(index, how))
+        return outcomes
+
+
+def _how(node: Node, rule: Rule, store: Store, term: object) -> str:
+    """What leaves together; raises RecipeError where nothing can."""
+    layer = argument(node, "layer")
+    if not hasattr(rule.scorer, "observe") and not hasattr(rule.scorer, "arrive"):
+        raise RecipeError(f"{term}: layer {layer}: {rule.score.name} scores whole prompts, not the "
+                          "tokens that follow; wrap a method that evicts while decoding")
+    if store.sinks or store.window:
+        raise RecipeError(f"{term}: layer {layer}: tokens cannot be evicted from a store that "
+                          "keeps the first ones apart; give the method sinks= instead")
+    reasons = [f"{side.upper()} {term_of(how.format)}" for side in SIDES
+               if (how := store.side(side)).format.step > 1 or how.delayed]
+    if not reasons:
+        return "evicts token by token"
+    if hasattr(rule.budgeter, "below"):
+        raise RecipeError(f"{term}: layer {layer}: a threshold evicts single tokens, which "
+                          f"{', '.join(reasons)} does not store; use a per-token format")
+    odd = [how.block for how in (store.k, store.v) if PAGE % how.block]
+    if odd:
+        raise RecipeError(f"{term}: layer {layer}: blocks of {odd[0]} tokens are encoded together "
+                          f"and {PAGE} are evicted; use a block that divides {PAGE}")
+    return f"evicts pages of {PAGE} tokens, because of {', '.join(reasons)}"
+
+
+PASS = Evict()

@@ -1,0 +1,176 @@
+"""Scorers that ask what attention looks at. None of them forms an N x N matrix."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool1d, max_pool1d
+
+from kvcompile.prompt import Prompt
+from kvcompile.recipe import Term
+from kvcompile.rule import Around, named
+
+
+def pooled(x: Tensor, kernel: int, how: str = "avg") -> Tensor:
+    """x [..., T] smoothed over `kernel` neighbours, zeros beyond the ends."""
+    if kernel == 1 or not x.shape[-1]:
+        return x
+    pool = avg_pool1d if how == "avg" else max_pool1d
+    flat = x.reshape(1, -1, x.shape[-1])
+    return pool(flat, kernel, stride=1, padding=kernel // 2)[..., : x.shape[-1]].reshape(x.shape)
+
+
+def protect(x: Prompt, scores: Tensor) -> Tensor:
+    """[H, T]: `scores` of the first tokens, infinite for the others."""
+    out = torch.full((x.heads, x.tokens), torch.inf, device=scores.device)
+    out[:, : scores.shape[-1]] = scores
+    return out
+
+
+def window_of(x: Prompt, window: int) -> int:
+    """Queries that look: the question if its length is known, else `window`."""
+    return min(x.question or window, x.tokens)
+
+
+@dataclass(frozen=True)
+class Window:
+    """SnapKV: mean weight that the last `window` queries give, smoothed; they stay themselves.
+
+    The mean is over the queries and over the query heads of a kv head. `gamma` adds that much of
+    the variance over the queries (CAKE); `visible` multiplies a query's weights by the tokens that
+    it sees (FINCH).
+    """
+
+    window: int = 32
+    kernel: int = 5
+    pool: str = "avg"
+    gamma: float = 0.0
+    visible: bool = False
+    name: ClassVar[str] = "window"
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def prompt(self, x: Prompt) -> Tensor:
+        window = window_of(x, self.window)
+        first = x.tokens - window
+        w = torch.cat([w[..., :first] for w in x.weights(first, x.tokens)], 2)
+        if self.visible:
+            seen = torch.arange(first, x.tokens, device=w.device, dtype=w.dtype)
+            w = w * seen[:, None]
+        s = w.mean(2)
+        if self.gamma:
+            s = s + self.gamma * w.var(2, correction=0)
+        return protect(x, pooled(s, self.kernel, self.pool).mean(1))
+
+
+@dataclass(frozen=True)
+class Received:
+    """H2O: the weight that a token has received from all queries; `mean`: per query that sees it.
+
+    While decoding, the weights that each step gives are added.
+    """
+
+    how: str = "sum"
+    name: ClassVar[str] = "received"
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def prompt(self, x: Prompt) -> Tensor:
+        total = torch.zeros(x.heads, x.k.shape[1], device=x.k.device)
+        for w in x.weights(0, x.tokens):
+            total += w.sum((1, 2))
+        total = total[:, : x.tokens] / x.queries.shape[1]
+        if self.how == "mean":
+            total = total / torch.arange(x.tokens, 0, -1, device=total.device)
+        return total
+
+    def observe(self, score: Tensor, mass: Tensor, new: Tensor) -> Tensor:
+        """Scores [N, slots] after a step whose queries gave `mass` (mean over a kv head's)."""
+        return torch.where(new, mass, score + mass)
+
+
+@dataclass(frozen=True)
+class Last:
+    """TOVA: the weight that the last query gives, mean over all heads; all keep the same."""
+
+    name: ClassVar[str] = "last"
+    needs: ClassVar[tuple[str, ...]] = ()
+    shared: ClassVar[bool] = True
+
+    def prompt(self, x: Prompt) -> Tensor:
+        w = next(x.weights(x.tokens - 1, x.tokens))[:, :, 0, : x.tokens - 1]
+        return protect(x, w.mean((0, 1)).expand(x.heads, -1))
+
+    def observe(self, score: Tensor, mass: Tensor, new: Tensor) -> Tensor:
+        return mass
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """Scissorhands: how often, in the last `history` queries, a token got less than its share.
+
+    A query that sees t tokens gives each 1 / t on average; the count is taken off.
+    """
+
+    history: int = 400
+    name: ClassVar[str] = "ignored"
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def prompt(self, x: Prompt) -> Tensor:
+        first, row = max(0, x.tokens - self.history), max(0, x.tokens - self.history)
+        low = torch.zeros(x.heads, x.k.shape[1], device=x.k.device)
+        at = torch.arange(x.k.shape[1], device=low.device)
+        for w in x.weights(first, x.tokens):
+            queries = torch.arange(row, row + w.shape[2], device=low.device)[:, None]
+            low += ((w.mean(1) < 1 / (queries + 1)) & (at <= queries)).sum(1)
+            row += w.shape[2]
+        return -low[:, : x.tokens]
+
+    def observe(self, score: Tensor, mass: Tensor, new: Tensor) -> Tensor:
+        held = (mass > 0).sum(-1, keepdim=True).clamp(min=1)
+        return torch.where(new, 0.0, score) - (mass < 1 / held).float()
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """KVzip: the largest weight that the prompt, read a second time, gives; over queries and heads.
+
+    The second reading is `x.tokens` columns behind the prompt, which are not stored.
+    """
+
+    name: ClassVar[str] = "repeat"
+    needs: ClassVar[tuple[str, ...]] = ("probe",)
+
+    def prompt(self, x: Prompt) -> Tensor:
+        best = torch.zeros(x.heads, x.tokens, device=x.k.device)
+        for w in x.weights(x.tokens):
+            best = torch.maximum(best, w[..., : x.tokens].amax((1, 2)))
+        return best
+
+
+@dataclass(frozen=True)
+class Critical(Around):
+    """CriticalKV: the share `first` of the budget by another scorer, the rest by what is lost in
+    the output: (score + eps) * |W_o v|_1, mean over the query heads."""
+
+    of: Term
+    count: Term
+    first: float = 0.5
+    eps: float = 1e-4
+    name: ClassVar[str] = "critical"
+    also: ClassVar[tuple[str, ...]] = ("weight",)
+
+    def prompt(self, x: Prompt) -> Tensor:
+        assert x.weight is not None
+        base = self.base.prompt(x)
+        budget = named("budget", self.count).most(x.tokens, x.heads)[0]
+        group = x.queries.shape[1]
+        columns = x.weight.float().view(x.weight.shape[0], x.heads, group, -1)
+        norms = torch.stack([
+            torch.stack([(x.values[h] @ columns[:, h, g].T).abs().sum(-1) for g in range(group)])
+            .mean(0) for h in range(x.heads)])
+        out = (base + self.eps) * norms
+        top = base.topk(min(x.tokens, int(budget * self.first)), -1).indices
+        return out.scatter(-1, top, torch.inf).masked_fill(base.isposinf(), torch.inf)
+
+
+SCORERS = (Window, Received, Last, Ignored, Repeat, Critical)

@@ -1,0 +1,286 @@
+"""Scorers that read keys, values and positions alone, or queries that are yet to come."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
+
+from kvcompile.kernels.rotary import rope
+from kvcompile.passes.merges import runs
+from kvcompile.passes.scorers_attention import pooled
+from kvcompile.prompt import Prompt
+from kvcompile.recipe import Term
+from kvcompile.rule import Around
+
+
+@dataclass(frozen=True)
+class Recency:
+    """The newest tokens; with a rule's sinks StreamingLLM's choice."""
+
+    name: ClassVar[str] = "recency"
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def prompt(self, x: Prompt) -> Tensor:
+        return x.positions[: x.tokens].float().expand(x.heads, -1)
+
+    def arrive(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """Scores [B, H, S] of new tokens: keys [B, H, S, Dk], positions [B, S]."""
+        return positions[:, None].float().expand(keys.shape[:3])
+
+
+@dataclass(frozen=True)
+class KeyNorm:
+    """-|k|: keys of small norm attract attention."""
+
+    name: ClassVar[str] = "keynorm"
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def prompt(self, x: Prompt) -> Tensor:
+        return -x.keys.norm(dim=-1)
+
+    def arrive(self, keys: Tensor, positions: Tensor) -> Tensor:
+        return -keys.float().norm(dim=-1)
+
+
+@dataclass(frozen=True)
+class Random:
+    """Uniform noise: what every other scorer has to beat."""
+
+    seed: int = 0
+    name: ClassVar[str] = "random"
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def prompt(self, x: Prompt) -> Tensor:
+        random = torch.Generator().manual_seed(self.seed * 1000003 + x.layer)
+        return torch.rand(x.heads, x.tokens, generator=random).to(x.k.device)
+
+
+@dataclass(frozen=True)
+class KeyDiff:
+    """-cos(k, mean of the unit keys): keys that differ from the others stay."""
+
+    name: ClassVar[str] = "keydiff"
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def prompt(self, x: Prompt) -> Tensor:
+        anchor = normalize(x.keys, dim=-1).mean(1, keepdim=True)
+        return -cosine_similarity(x.keys, anchor, dim=-1)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """ExpectedAttention: softmax of E[exp(scale q k)] for queries at the next `future` positions.
+
+    They are taken to be Gaussian, with the mean and covariance of the prompt's (the first `sinks`
+    left out) before rotation, rotated by the mean over those positions. With `values` the scores
+    are times |v|.
+    """
+
+    future: int = 512
+    sinks: int = 4
+    covariance: bool = True
+    values: bool = True
+    eps: float = 0.0
+    name: ClassVar[str] = "expected"
+    needs: ClassVar[tuple[str, ...]] = ("angles",)
+
+    def prompt(self, x: Prompt) -> Tensor:
+        sinks, tokens = min(self.sinks, x.tokens - 1), x.tokens
+        keys, values = x.keys[:, sinks:], x.values[:, sinks:]
+        q = self._unrotated(x)[:, :, sinks:]                       # [H, G, T, D]
+        mean = q.mean(2, keepdim=True)
+        far = q - mean
+        cov = far.transpose(-1, -2) @ far / q.shape[2]             # [H, G, D, D]
+        if x.angles is not None:
+            turn = self._average(x, q.shape[-1])
+            mean, cov = mean @ turn.T, turn @ cov @ turn.T
+        logits = (mean @ keys[:, None].transpose(-1, -2))[:, :, 0] * x.scale
+        if self.covariance:
+            logits = logits + torch.einsum("htd,hgde,hte->hgt", keys, cov, keys) * x.scale**2 / 2
+        scores = logits.softmax(-1).mean(1)
+        if self.values:
+            scores = (scores + self.eps) * values.norm(dim=-1)
+        out = torch.full((x.heads, tokens), torch.inf, device=scores.device)
+        out[:, sinks:] = scores
+        return out
+
+    def _unrotated(self, x: Prompt) -> Tensor:
+        q = x.queries[:, :, : x.tokens]
+        if x.angles is None:
+            return q
+        cos, sin = x.rotation(-x.positions[: x.tokens])
+        return rope(q, cos, sin, style=x.style)
+
+    def _average(self, x: Prompt, dim: int) -> Tensor:
+        """[D, D]: the mean rotation over the next positions; q -> q @ that.T."""
+        next_ = int(x.positions[x.tokens - 1]) + 1
+        cos, sin = x.rotation(torch.arange(next_, next_ + self.future))
+        unit = torch.eye(dim)
+        turned = [rope(unit[None], c[None], s[None], style=x.style)[0]
+                  for c, s in ((cos.mean(0), sin.mean(0)),)]
+        return turned[0].T.to(x.k.device)
+
+
+@dataclass(frozen=True)
+class Lag:
+    """LagKV: how unlike the next `length` tokens a token's channels are, ranked among its own part.
+
+    K and V alike: normalized by the next part's range of each channel, the deviation over channels,
+    softmax over the part. The first `sinks` and the last part (with the rest) stay.
+    """
+
+    length: int = 128
+    sinks: int = 4
+    name: ClassVar[str] = "lag"
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def prompt(self, x: Prompt) -> Tensor:
+        parts = max(0, x.tokens - self.sinks) // self.length
+        out = torch.full((x.heads, x.tokens), torch.inf, device=x.k.device)
+        if parts < 2:                    # too short to compare: the newest stay
+            out[:, self.sinks:] = x.positions[self.sinks : x.tokens].float()
+            return out
+        end = self.sinks + parts * self.length
+        both = sum(self._unlike(t[:, self.sinks : end].unflatten(1, (parts, self.length)))
+                   for t in (x.keys, x.values)) / 2
+        ranks = both.argsort(-1).argsort(-1) / self.length     # type: ignore[union-attr]
+        out[:, self.sinks : end - self.length] = ranks.flatten(1)
+        return out
+
+    @staticmethod
+    def _unlike(parts: Tensor) -> Tensor:
+        after, own = parts[:, 1:], parts[:, :-1]
+        low, high = after.amin(2, keepdim=True), after.amax(2, keepdim=True)
+        return ((own - low) / (high - low)).std(-1).softmax(-1)
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Q-Filters: -<u, k> for a direction u of each kv head, found by calibration."""
+
+    directions: tuple
+    name: ClassVar[str] = "filter"
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def prompt(self, x: Prompt) -> Tensor:
+        u = torch.tensor(self.directions, dtype=torch.float32, device=x.k.device)
+        return -(x.keys * u[:, None]).sum(-1)
+
+
+@dataclass(frozen=True)
+class Redundant:
+    """R-KV: mix * importance - (1 - mix) * redundancy.
+
+    Importance is the weight from the last `window` queries, the largest of a kv head's, smoothed by
+    a maximum; redundancy the softmax of the mean cosine to all other keys, where each key's newest
+    near-duplicate (cosine above `alike`) is not counted against it. The window itself stays.
+    """
+
+    mix: float = 0.1
+    window: int = 8
+    kernel: int = 7
+    alike: float = 0.5
+    name: ClassVar[str] = "redundant"
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def prompt(self, x: Prompt) -> Tensor:
+        first = x.tokens - min(self.window, x.tokens)
+        w = torch.cat([w[..., :first] for w in x.weights(first, x.tokens)], 2)
+        weight = pooled(w.mean(2).amax(1), self.kernel, "max")
+        final = self.mix * weight - (1 - self.mix) * redundancy(x.keys, self.alike)[:, :first]
+        out = torch.full((x.heads, x.tokens), torch.inf, device=x.k.device)
+        out[:, :first] = final
+        return out
+
+    def observe(self, score: Tensor, mass: Tensor, new: Tensor) -> Tensor:
+        """A running mean of the weights over about `window` steps."""
+        kept = 1 - 1 / self.window
+        return torch.where(new, mass, score * kept + mass / self.window)
+
+    def final(self, score: Tensor, keys: Tensor, order: Tensor) -> Tensor:
+        """What eviction goes by: score [N, slots], keys [N, slots, Dk] and their order in time."""
+        back = order.argsort(-1)
+        index = order[..., None].expand_as(keys)
+        part = redundancy(keys.gather(1, index), self.alike).gather(1, back)
+        weight = pooled(score.gather(1, order), self.kernel, "max").gather(1, back)
+        return self.mix * weight - (1 - self.mix) * part
+
+
+def redundancy(keys: Tensor, alike: float) -> Tensor:
+    """[H, T]: softmax over tokens of the mean cosine of keys [H, T, D] to the others."""
+    unit = keys / (keys.norm(dim=-1, keepdim=True) + 1e-8)
+    tokens, at = keys.shape[1], torch.arange(keys.shape[1], device=keys.device)
+    total = torch.zeros(keys.shape[:2], device=keys.device)
+    for start in range(0, tokens, 256):  # some rows of the cosines at a time
+        rows = torch.arange(start, min(tokens, start + 256), device=keys.device)
+        cos = unit[:, rows] @ unit.transpose(1, 2)
+        cos.masked_fill_(rows[:, None] == at, 0.0)
+        newest = torch.where(cos > alike, at, 0).amax(-1, keepdim=True)
+        spared = torch.where(cos.gather(-1, newest) > alike, 0.0, cos.gather(-1, newest))
+        total += cos.scatter(-1, newest, spared).sum(1)
+    return (total / tokens).softmax(-1)
+
+
+@dataclass(frozen=True)
+class Chunks(Around):
+    """ChunkKV: every token of a chunk of `length` gets the chunk's mean of all heads' scores."""
+
+    of: Term
+    length: int = 10
+    name: ClassVar[str] = "chunks"
+
+    def prompt(self, x: Prompt) -> Tensor:
+        total = self.base.prompt(x).sum(0)
+        means = torch.cat([part.mean().expand(len(part)) for part in total.split(self.length)])
+        return means.expand(x.heads, -1)
+
+
+@dataclass(frozen=True)
+class Parts(Around):
+    """FINCH: of every part of `length` tokens the best share `ratio`, ranked before all others."""
+
+    of: Term
+    length: int = 512
+    ratio: float = 0.5
+    name: ClassVar[str] = "parts"
+
+    def prompt(self, x: Prompt) -> Tensor:
+        base = self.base.prompt(x)
+        out = torch.zeros_like(base)
+        for start in range(0, x.tokens, self.length):
+            part = base[:, start : start + self.length]
+            best = part.topk(max(1, int(part.shape[1] * self.ratio)), -1).indices
+            out[:, start : start + self.length].scatter_(-1, best, 1.0)
+        return out.masked_fill(base.isposinf(), torch.inf)
+
+
+@dataclass(frozen=True)
+class Pivots(Around):
+    """KVMerger: 1 for the best token of every run of alike keys, 0 for the run's others.
+
+    The share `heavy` of the tokens with the best scores and the newest `recent` ones are in no run.
+    """
+
+    of: Term
+    alike: float = 0.75
+    heavy: float = 0.1
+    recent: int = 32
+    name: ClassVar[str] = "pivots"
+
+    def prompt(self, x: Prompt) -> Tensor:
+        base = self.base.prompt(x)
+        out = torch.zeros_like(base)
+        best = base.topk(int(x.tokens * self.heavy), -1).indices
+        out.scatter_(-1, best, torch.inf)
+        out[:, x.tokens - min(self.recent, x.tokens):] = torch.inf
+        for head, scores in enumerate(base):
+            for start, end in runs(x.keys[head], out[head].isposinf(), self.alike):
+                if not out[head, start].isposinf():
+                    out[head, start + int(scores[start:end].argmax())] = 1.0
+        return out
+
+
+SCORERS = (Recency, KeyNorm, Random, KeyDiff, Expected, Lag, Filter, Redundant, Chunks, Parts,
+           Pivots)

@@ -1,0 +1,342 @@
+"""Dropping tokens while decoding, step by step, against lists of tokens; and what is left in place.
+"""
+
+import copy
+
+import pytest
+import selection_references as refs
+import torch
+from support import greedy, optimized, plain, prompt
+
+import kvcompile
+from kvcompile import KVCompileError, RecipeError
+from kvcompile.ir import APPEND, ATTEND, EVICT
+from kvcompile.kernels import evict, pages
+from kvcompile.passes.select import rule_of
+from kvcompile.plan import plan
+from kvcompile.planes import Group
+from kvcompile.site import Site
+from kvcompile.store import SIDES, Store
+
+HEADS, GROUP, DIM = refs.HEADS, refs.Q_HEADS // refs.HEADS, 32
+CPU = torch.device("cpu")
+
+
+class Stepper:
+    """A group of two layers of one row that holds no tokens at first."""
+
+    def __init__(self, recipe: str, store: str, limit: int, seed: int = 0):
+        self.rule = str(rule_of(plan(recipe, 1)[0].values, 0, 1))
+        self.store = Store.parse(store)
+        site = Site(0, refs.Q_HEADS, HEADS, (DIM, DIM), torch.float32, 0, self.store,
+                    rule=self.rule)
+        self.group = Group([site, site], 1, CPU)
+        self.group.plane("limit").fill_(limit)
+        self.random, self.tokens = torch.Generator().manual_seed(seed), 0
+        self.given = []                       # (q, k, v) of every token, layers stacked
+
+    def step(self, tokens: int = 1):
+        """attend, append and evict as the extend graph does; the masses of both layers."""
+        q = torch.randn(2, 1, refs.Q_HEADS, tokens, DIM, generator=self.random) * 2
+        k, v = (torch.randn(2, 1, HEADS, tokens, DIM, generator=self.random) for _ in range(2))
+        self.given.append((q, k, v))
+        at = torch.arange(self.tokens, self.tokens + tokens)[None]
+        valid = torch.ones_like(at, dtype=torch.bool)
+        self.group.reserve(self.group.counts + tokens)
+        planes, store = self.group.planes, str(self.store)
+        every = [ATTEND(q[i], k[i], v[i], planes, at, valid, None, scale=refs.SCALE, store=store,
+                        slot=i, layer=i, mass=True) for i in range(2)]
+        APPEND(planes, [*k], [*v], at, valid, store=store, slots=[0, 1])
+        EVICT(planes, [e[2] for e in every], [*k], [*v], at, valid, store=store,
+              rules=[self.rule] * 2, slots=[0, 1], group=GROUP)
+        self.tokens += tokens
+
+    def held(self, layer: int):
+        """[head]: the tokens that a layer holds, by slot."""
+        site = self.group.site
+        return [p.tolist() for p in evict.slot_positions(site.store, site.dims, site.dtype,
+                                                         self.group.planes, layer)]
+
+    def stored(self, side: str, layer: int):
+        """[head]: what is decoded of the tokens that a layer holds, by slot."""
+        named = pages.named(self.group.specs, self.group.planes, [layer])
+        tiers = pages.tiers(self.store, side, named, DIM, torch.float32)
+        return [pages.stored(self.store, side, tiers, 0, slice(h, h + 1), n)[0]
+                for h, n in enumerate(self.group.counts[layer, 0].tolist())]
+
+    def all(self, which: int, layer: int):
+        """Everything that was given: q, k or v [H, T, D]."""
+        return torch.cat([g[which][layer, 0] for g in self.given], 1)
+
+
+class Lists:
+    """The same policies over a list of tokens per head, in fp64."""
+
+    def __init__(self, policy: str, limit: int, slack: int, recent: int):
+        self.policy, self.limit, self.slack, self.recent = policy, limit, slack, recent
+        self.kept = [[] for _ in range(HEADS)]
+        self.score = [{} for _ in range(HEADS)]
+
+    def weights(self, q, k, head: int, token: int):
+        tokens = [*self.kept[head], token]
+        logits = q[head * GROUP : (head + 1) * GROUP, token].double() @ (
+            k[head, tokens].double().T) * refs.SCALE
+        return dict(zip(tokens, logits.softmax(-1).mean(0).tolist(), strict=True))
+
+    def step(self, q, k, token: int):
+        every = [self.weights(q, k, head, token) for head in range(HEADS)]
+        for head, given in enumerate(every):
+            score, kept = self.score[head], self.kept[head]
+            kept.append(token)
+            for t, w in given.items():
+                if self.policy == "h2o":
+                    score[t] = score.get(t, 0.0) + w
+                elif self.policy == "tova":
+                    score[t] = sum(e[t] for e in every) / HEADS
+                elif self.policy == "scissorhands":
+                    score[t] = score.get(t, 0) - (w < 1 / len(given))
+                else:
+                    score[t] = -float(k[head, t].double().norm())
+        for head, kept in enumerate(self.kept):
+            if len(kept) >= self.limit + self.slack:
+                free = sorted((self.score[head][t], t) for t in kept if t <= token - self.recent)
+                for _, t in free[: len(kept) - self.limit]:
+                    kept.remove(t)
+
+
+@pytest.mark.parametrize(("recipe", "slack", "recent"), [
+    ("h2o(budget=24)", 1, 12), ("tova(budget=24)", 1, 1), ("knorm(budget=24, decode=true)", 1, 0),
+    ("scissorhands(budget=24, every=9, recent=5)", 9, 5)])
+def test_every_step_evicts_as_the_policy_says(recipe, slack, recent):
+    limit = 24
+    ours = Stepper(recipe, "store(slots=true)", limit)
+    lists = [Lists(recipe.partition("(")[0], limit, slack, recent) for _ in range(2)]
+    for token in range(160):
+        ours.step()
+        for layer, mine in enumerate(lists):
+            mine.step(ours.all(0, layer), ours.all(1, layer), token)
+            assert [sorted(h) for h in ours.held(layer)] == [sorted(h) for h in mine.kept], token
+    assert ours.group.planes[0].max() <= limit + slack - 1
+
+
+@pytest.mark.parametrize("store", ["store(slots=true)", "store(k=int, v=int(bits=4), slots=true)",
+                                   "store(k=fp8, v=nf4, slots=true)"])
+@pytest.mark.parametrize("recipe", ["h2o(budget=150)", "scissorhands(budget=150, every=40)",
+                                    "r-kv(budget=150, every=30)"])
+def test_moved_tokens_are_what_was_stored(recipe, store):
+    """Slots are reused: every token that is left decodes bit for bit as when it was encoded."""
+    ours = Stepper(recipe, store, 150)
+    for tokens in (100, *[1] * 150, 20, 1):
+        ours.step(tokens)
+    sizes = [p.nbytes for p in ours.group.planes]
+    for layer in range(2):
+        for side, which in (("k", 1), ("v", 2)):
+            fmt, x = ours.store.side(side).format, ours.all(which, layer)
+            want = fmt.decode(fmt.encode(x, side), DIM, torch.float32, side)
+            for head, (tokens, got) in enumerate(zip(ours.held(layer), ours.stored(side, layer),
+                                                     strict=True)):
+                assert len(set(tokens)) == len(tokens) < 200
+                assert torch.equal(got, want[head, tokens])
+    for _ in range(100):
+        ours.step()
+    assert [p.nbytes for p in ours.group.planes] == sizes
+
+
+KIVI = ("store(k=int(bits=2, axis=channel), k_block={0}, v=int(bits=2, axis=token), v_lag={0}, "
+        "slots=true)")
+
+
+@pytest.mark.parametrize("residual", [32, 128])
+def test_pages_leave_where_tokens_cannot_move(residual):
+    """h2o+kivi: whole pages go, of the lowest mean score, and nothing is encoded a second time."""
+    ours = Stepper("h2o(budget=256, recent=0.25)", KIVI.format(residual), 256)
+    twin = Stepper("h2o(budget=256, recent=0.25)", KIVI.format(residual), 10**6)
+    seen = set()
+    for tokens in (200, *[1] * 300, 70, *[1] * 60):
+        for s in (ours, twin):
+            s.step(tokens)
+        assert ours.group.planes[0].max() < 256 + 128 + 70
+        seen |= {t for head in ours.held(0) for t in head}
+    for layer in range(2):
+        for side in SIDES:
+            whole = twin.stored(side, layer)
+            for head, (tokens, got) in enumerate(zip(ours.held(layer), ours.stored(side, layer),
+                                                     strict=True)):
+                assert tokens == sorted(tokens), "pages keep their order"
+                gone = set(range(ours.tokens)) - set(tokens)
+                assert gone and all(len(gone & set(range(p, p + 128))) in (0, 128)
+                                    for p in range(0, ours.tokens, 128))
+                assert torch.equal(got, whole[head][tokens])
+
+
+def test_a_threshold_waits():
+    """dms: a token that scores too little leaves once `delay` newer ones have followed."""
+    ours = Stepper("dms(scorer=knorm, threshold=-5.5, delay=20)", "store(slots=true)", 2**31 - 1)
+    for token in range(90):
+        ours.step()
+        for layer in range(2):
+            norms = ours.all(1, layer).norm(dim=-1)
+            assert [sorted(h) for h in ours.held(layer)] == [
+                [t for t in range(token + 1) if t > token - 20 or norms[h, t] <= 5.5]
+                for h in range(HEADS)]
+
+
+EVICTING = ("h2o(budget=64)", "r-kv(budget=48, every=16)", "h2o(budget=64)+int8")
+
+
+@pytest.mark.parametrize("recipe", EVICTING)
+def test_memory_is_constant_while_generating(recipe):
+    model = kvcompile.optimize(optimized("llama:2"), recipe, compile=False)
+    out = greedy(model, prompt(100), 10, return_dict_in_generate=True)
+    cache, before = out.past_key_values, out.past_key_values.nbytes
+    longer = greedy(model, prompt(100), 150, return_dict_in_generate=True)
+    assert longer.past_key_values.nbytes == before
+    for layer in range(2):
+        stored = longer.past_key_values.stored_tokens(layer)
+        assert (stored <= 64).all() and (stored >= 48).all()
+        ids = longer.past_key_values.positions(layer)
+        assert (ids >= 0).sum(-1).tolist() == stored.tolist()
+        assert ids.max() == 248 and (ids.diff() > 0).all()
+    assert cache.stored_tokens(0).shape == (1, 2)
+
+
+@pytest.mark.parametrize("recipe", ["snapkv(budget=40, window=8)", "h2o(budget=64)",
+                                    "adakv(scorer=snapkv(window=8), ratio=0.25)+kivi(bits=2)"])
+def test_a_batch_generates_what_its_rows_do(recipe):
+    model = kvcompile.optimize(optimized("llama:2"), recipe, compile=False)
+    ids = prompt(150, batch=2)
+    mask = torch.ones_like(ids)
+    mask[1, :60] = 0
+    both = greedy(model, ids, 30, attention_mask=mask, return_dict_in_generate=True)
+    for row in range(2):
+        own = ids[row : row + 1, mask[row].bool()]
+        alone = greedy(model, own, 30, return_dict_in_generate=True)
+        assert torch.equal(alone.sequences[0], both.sequences[row, -alone.sequences.shape[1]:])
+        for layer in range(2):
+            a, b = (c.past_key_values.positions(layer)[i] for c, i in ((alone, 0), (both, row)))
+            assert [h[h >= 0].tolist() for h in a] == [h[h >= 0].tolist() for h in b]
+
+
+def test_ragged_heads_take_the_pages_that_they_need():
+    """adakv: bytes follow what each head keeps; predicted bytes are never less."""
+    model = kvcompile.optimize(optimized("llama:2"), "adakv(scorer=snapkv, ratio=0.25, floor=0)",
+                               compile=False)
+    cache = kvcompile.prefill(model, prompt(1600))
+    stored = torch.stack([cache.stored_tokens(i) for i in range(2)])
+    assert stored.sum((1, 2)).tolist() == [800, 800]
+    held = -(-stored // 128)
+    page = 128 * 2 * 16 * 4
+    tables = 2 * 4 * stored.numel() * int(held.max())
+    assert cache.nbytes == int(held.sum()) * page + tables + 4 * stored.numel()
+    report = kvcompile.explain(model)
+    assert report.bounded and cache.nbytes <= report.kv_bytes(1600) < (
+        kvcompile.explain(model, "full").kv_bytes(1600) // 2)
+    assert "at most" in str(report)
+
+
+def test_a_uniform_budget_is_predicted_exactly():
+    for recipe in ("snapkv(budget=300)", "snapkv(ratio=0.5)+kivi(bits=2)", "h2o(budget=200)+int8",
+                   "pyramidkv(budget=300)"):
+        model = kvcompile.optimize(optimized("llama:2"), recipe, compile=False)
+        cache = kvcompile.prefill(model, prompt(900, batch=2))
+        assert cache.nbytes == kvcompile.explain(model).kv_bytes(900, batch=2), recipe
+
+
+def test_context_then_questions():
+    """A context is compressed once; copies of its cache answer, and later turns are kept whole."""
+    model = kvcompile.optimize(optimized("llama:2"), "expected_attention(ratio=0.5)", compile=False)
+    context = prompt(120)
+    cache = kvcompile.prefill(model, context)
+    assert cache.stored_tokens(0).tolist() == [[60, 60]]
+    for seed in (1, 2):
+        question = torch.cat([context, prompt(7, seed=seed)], 1)
+        first, again = (greedy(model, question, 10, past_key_values=copy.deepcopy(cache),
+                               return_dict_in_generate=True) for _ in range(2))
+        assert torch.equal(first.sequences, again.sequences)
+        assert first.past_key_values.stored_tokens(0).tolist() == [[76, 76]]
+    assert cache.stored_tokens(0).tolist() == [[60, 60]]
+
+
+def test_the_question_is_said_to_generate():
+    model = kvcompile.optimize(optimized("llama:2"), "snapkv(budget=30)", compile=False)
+    out = greedy(model, prompt(100), 2, question_length=9, return_dict_in_generate=True)
+    cache = kvcompile.prefill(model, prompt(100), question_length=9)
+    want = cache.positions(0)[..., :30]
+    assert torch.equal(out.past_key_values.positions(0)[..., :30], want)
+    assert (want[..., -9:] == torch.arange(91, 100)).all()
+    for wrong in (-1, 100):
+        with pytest.raises(KVCompileError, match="question_length=.* from 0 to 99"):
+            kvcompile.prefill(model, prompt(100), question_length=wrong)
+
+
+def test_crop_reorder_and_beams():
+    model = kvcompile.optimize(optimized("llama:2"), "snapkv(budget=40, window=8)+int8",
+                               compile=False)
+    cache = kvcompile.prefill(model, prompt(100, batch=2))
+    want = copy.deepcopy(cache)
+    model(prompt(5, batch=2, seed=1), past_key_values=cache, use_cache=True)
+    cache.crop(-5)
+    more = [model(prompt(3, batch=2, seed=2), past_key_values=c, use_cache=True).logits
+            for c in (cache, want)]
+    assert torch.equal(*more)
+    with pytest.raises(KVCompileError, match="already dropped tokens"):
+        cache.crop(-60)
+    cache.batch_select_indices(torch.tensor([1, 1]))
+    assert torch.equal(cache.positions(0)[0], want.positions(0)[1])
+    beams = greedy(model, prompt(100), 8, num_beams=3)
+    assert beams.shape == (1, 108)
+    h2o = kvcompile.optimize(model, "h2o(budget=40)", compile=False)
+    with pytest.raises(KVCompileError, match="already dropped tokens"):
+        kvcompile.prefill(h2o, prompt(100)).crop(-2)
+
+
+def test_windows_keep_their_own_tokens():
+    report = kvcompile.explain(optimized("gemma2"), "snapkv(budget=64)")
+    refused = [row.layer for row in report.rows if row.status == "refused"]
+    assert refused == [0, 2]
+    ours = kvcompile.optimize(optimized("gemma2"), "snapkv(ratio=1)", compile=False)
+    assert torch.equal(greedy(ours, prompt(60), 20), greedy(plain("gemma2"), prompt(60), 20))
+
+
+@pytest.mark.parametrize(("recipe", "text"), [
+    ("snapkv(budget=0)", "budget must be at least 1"),
+    ("snapkv(budget=-3)", "budget must be at least 1"),
+    ("h2o(ratio=1.5)", "ratio must be at most 1.0"),
+    ("h2o(ratio=0)", "ratio must be at least 0.001"),
+    ("snapkv(budget=5, ratio=0.5)", "give budget= (tokens) or ratio= (a share), not both"),
+    ("snapkv+h2o", "'snapkv' and 'h2o' both set keep.score of layers 0-"),
+    ("snapkv+streamingllm", "'streamingllm' and 'snapkv' both say which tokens stay"),
+    ("adakv(scorer=kivi)", "kivi has no budget that another could set"),
+    ("adakv(scorer=snapkv(budget=3))", "budget belongs to the method around it"),
+    ("adakv(scorer=snapk)", "unknown method 'snapk'; did you mean 'snapkv'?"),
+    ("adakv(scorer=finch, budget=9)", "finch takes ratio= only"),
+    ("dms(scorer=keydiff)", "keydiff scores whole prompts, not the tokens that follow"),
+    ("h2o+protect", "unknown method 'protect'"),
+    ("h2o+kivi(residual=96)", "blocks of 96 tokens are encoded together"),
+    ("dms+kivi", "a threshold evicts single tokens"),
+    ("duoattention(heads=[[1, 0]])", "was calibrated for 1 layers, but claims 4"),
+])
+def test_bad_recipes_get_one_line(recipe, text):
+    with pytest.raises(RecipeError) as info:
+        kvcompile.optimize(optimized("llama"), recipe, compile=False)
+    assert text in str(info.value) and "\n" not in str(info.value)
+
+
+def test_a_pattern_of_another_model():
+    model = kvcompile.optimize(optimized("llama:2"), "duoattention(heads=[[1, 0, 1], [0, 0, 0]])",
+                               compile=False)
+    with pytest.raises(RecipeError, match="a map of 3 heads for a layer of 2 kv heads"):
+        model(prompt(20), use_cache=True)
+
+
+def test_a_budget_larger_than_the_prompt_is_said(caplog):
+    model = kvcompile.optimize(optimized("llama:2"), "snapkv(budget=500)", compile=False)
+    kvcompile.prefill(model, prompt(100))
+    kvcompile.prefill(model, prompt(100))
+    assert [r.getMessage() for r in caplog.records] == [
+        "snapkv(budget=500): the prompt (100 tokens) is within the budget, and all of it is kept"]
+
+
+def test_chunked_prompts_are_refused():
+    with pytest.raises(KVCompileError, match="which it must see at once"):
+        kvcompile.optimize(optimized("llama:2"), "snapkv", compile=False, prefill_chunk=50)
