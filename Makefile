@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | types | clean, each in .venv, which the first call creates and fills.
+# make demo | test | test-all | laws-deep | mutants | lint | types | clean, each in .venv, which the first call creates and fills.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +9,7 @@ CXX := $(firstword $(foreach cxx,g++ clang++,$(if $(shell command -v $(cxx)),$(c
 endif
 export CXX
 
-.PHONY: demo test test-all lint types compiler clean
+.PHONY: demo test test-all laws-deep mutants lint types compiler clean
 .NOTPARALLEL:
 
 # make demo RECIPE="kivi(bits=4)" ARGS="--json"
@@ -20,6 +20,15 @@ demo: compiler $(INSTALLED)
 test test-all: compiler lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
 		$(if $(filter test,$@),-m "not slow") $(ARGS)
+
+# the laws on many examples, new ones each time (docs/laws.md); failures print what repeats them
+laws-deep: compiler $(INSTALLED)
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n 2 --maxfail=20 \
+		tests/test_laws.py tests/test_registered.py tests/test_cache.py tests/test_plugin.py $(ARGS)
+
+# faults planted in a copy of the code, and the property tests that catch them
+mutants: compiler $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -2,11 +2,22 @@
 
 from functools import cache
 
+import torch
+
 from kvcompile.kernels.cpp_attend import FILES as ONE_QUERY
 from kvcompile.kernels.cpp_attend import FOLDER, Shape, name, number, tiers
+from kvcompile.rounding import Arithmetic
 from kvcompile.store import Store
 
 FILES = (*ONE_QUERY, FOLDER / "product.h", FOLDER / "blockwise.h")
+
+
+def arithmetic(dtype: torch.dtype) -> Arithmetic:
+    """How the kernel computes: for 16-bit models q, what is decoded and the weights are bf16."""
+    if dtype is torch.float32:
+        return Arithmetic()
+    eps = torch.finfo(torch.bfloat16).eps
+    return Arithmetic(stored=eps, weights=eps, out=torch.finfo(dtype).eps / 2)
 
 
 @cache

@@ -63,7 +63,7 @@ def keep(scores: list[Tensor], measures: list[Tensor], k: list[Tensor], v: list[
              zip(xs, parsed, strict=True)] for xs in (k, v)]
     for row, columns, own in _rows(valid, probe):
         each = [s[row][:, own] for s in scores]
-        chosen = select(parsed, each, [float(m[row]) for m in measures])
+        chosen = select(parsed, [s.clone() for s in each], [float(m[row]) for m in measures])
         kept.append([[own[at] for at in heads] for heads in chosen])
         for i, rule in enumerate(parsed):
             keys, values = (x[i] for x in both)
@@ -90,7 +90,7 @@ def keep(scores: list[Tensor], measures: list[Tensor], k: list[Tensor], v: list[
 
 def select(rules: Sequence[Rule], scores: list[Tensor], measures: Sequence[float]
            ) -> list[list[Tensor]]:
-    """Numbers of the tokens that each head of each layer keeps, ascending; scores [H, T].
+    """Numbers of the tokens that each head of each layer keeps, ascending; scores [H, T] are lost.
 
     Of equal scores the earlier token stays. What is protected always does, and a head is never
     emptied.
@@ -98,7 +98,7 @@ def select(rules: Sequence[Rule], scores: list[Tensor], measures: Sequence[float
     tokens = scores[0].shape[1]
     for rule, s in zip(rules, scores, strict=True):
         s[:, : rule.sinks] = torch.inf
-        recent = rule.protected(rule.budgeter.most(tokens, len(s))[0])
+        recent = rule.protected(rule.budgeter.most(tokens, len(s))[1] // len(s))
         s[:, tokens - min(tokens, recent):] = torch.inf
     counts = rules[0].budgeter.counts(scores, measures) if rules[0].budgeter.across else [
         r.budgeter.counts([s], [m])[0] for r, s, m in zip(rules, scores, measures, strict=True)]

@@ -169,7 +169,7 @@ class Run:
             allowed = promise.extended(i + 1)[seen]
             view = see(held, self.ids[row][:end], *own)[seen]
             if what := fault(view, allowed, k, v):
-                raise LawError(f"{self._name(layer, tokens)}: the cache breaks its contract: "
+                raise LawError(f"{self._name(layer)}: the cache breaks its contract: "
                                f"{what} ({where}; passes: {', '.join(self._passes(layer))})")
             rough = rounding(q, view, new.how, self.arithmetic(site, tokens))
             limit = bound(q, k, v, allowed, new.how)
@@ -180,22 +180,23 @@ class Run:
                 at = int((off / most.clamp_min(2.0**-140)).argmax())
                 error, highest = float(off.flatten()[at]), float(most.flatten()[at])
                 if error > highest:
-                    raise LawError(f"{self._name(layer, tokens)}: the output of query head "
+                    raise LawError(f"{self._name(layer)}: the output of query head "
                                    f"{at // o.shape[-1]} is off by {error:.3g} from {law}, allowed "
                                    f"{highest:.3g} ({where})")
-            told.append(LayerAudit(layer, self.kernel(site, tokens), error, highest,
+            told.append(LayerAudit(layer, self.kernel(site), error, highest,
                                    float(limit.mass.max()), self._bytes(site)))
         return max(told, key=_share)
 
-    def fused(self, site: Site, tokens: int) -> bool:
-        return self.engine.compile and tokens == 1 and "attend" not in fused(site)
+    def fused(self, site: Site) -> bool:
+        return self.engine.compile and "attend" not in fused(site)
 
-    def kernel(self, site: Site, tokens: int) -> str:
-        return "fused C++" if self.fused(site, tokens) else "eager body"
+    def kernel(self, site: Site) -> str:
+        return "fused C++" if self.fused(site) else "eager body"
 
     def arithmetic(self, site: Site, tokens: int) -> Arithmetic:
-        own: Arithmetic = module("kernels", "cpp_attend" if self.fused(site, tokens) else "eager"
-                                 ).arithmetic(site.dtype)
+        many = "cpp_attend" if tokens == 1 else "cpp_blockwise"
+        name = many if self.fused(site) else "eager"
+        own: Arithmetic = module("kernels", name).arithmetic(site.dtype)
         return own
 
     def _passes(self, layer: int) -> list[str]:
@@ -204,9 +205,9 @@ class Run:
         stores = [(name, own[layer].store) for name, own in known.items() if own]
         return [name for (name, now), (_, before) in zip(stores[1:], stores) if now != before]
 
-    def _name(self, layer: int, tokens: int) -> str:
+    def _name(self, layer: int) -> str:
         site = self.sites[layer]
-        return f"layer {layer}, {site.store}, kvc.attend ({self.kernel(site, tokens)})"
+        return f"layer {layer}, {site.store}, kvc.attend ({self.kernel(site)})"
 
     def _bytes(self, site: Site) -> int:
         if not site.leads:

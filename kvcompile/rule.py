@@ -156,7 +156,7 @@ class Rule:
     def most(self, tokens: int, heads: int) -> tuple[int, int]:
         """At most how many of `tokens` a head holds after the prompt, and a layer's heads all."""
         each, total = self.budgeter.most(tokens, heads)
-        least = self.sinks + self.protected(each) + getattr(self.scorer, "window", 0)
+        least = self.sinks + self.protected(total // heads) + getattr(self.scorer, "window", 0)
         each = min(tokens, max(each, least, 1))
         return each, min(heads * each, max(total, heads * least))
 

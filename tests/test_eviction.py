@@ -340,3 +340,20 @@ def test_a_budget_larger_than_the_prompt_is_said(caplog):
 def test_chunked_prompts_are_refused():
     with pytest.raises(KVCompileError, match="which it must see at once"):
         kvcompile.optimize(optimized("llama:2"), "snapkv", compile=False, prefill_chunk=50)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["h2o(budget=64)+int8", "r-kv(budget=48, every=16)"])
+def test_one_compiled_step_serves_a_long_generation(recipe, monkeypatch):
+    import kvcompile.engine
+
+    graphs, original = [], kvcompile.engine.compile_graph
+    monkeypatch.setattr(kvcompile.engine, "compile_graph",
+                        lambda *args: graphs.append(args) or original(*args))
+    ours = kvcompile.optimize(optimized("llama:2"), recipe, compile=True)
+    short = greedy(ours, prompt(100), 20, return_dict_in_generate=True)
+    long = greedy(ours, prompt(100), 400, return_dict_in_generate=True)
+    eager = greedy(kvcompile.optimize(ours, recipe, compile=False), prompt(100), 400)
+    assert torch.equal(long.sequences, eager)
+    assert len(graphs) == 1
+    assert long.past_key_values.nbytes == short.past_key_values.nbytes

@@ -9,10 +9,11 @@ from torch._inductor.utils import run_and_get_code
 
 from kvcompile.backend.inductor import compile_graph
 from kvcompile.ir import APPEND, ATTEND
-from kvcompile.kernels import cpp_append, cpp_attend
+from kvcompile.kernels import cpp_append, cpp_attend, pages
 from kvcompile.planes import Group
 from kvcompile.site import Site
 from kvcompile.store import Store
+from kvcompile.testing.strategies import with_reader
 
 KIVI = ("store(k=int(bits={0}, axis=channel, group={1}), k_block=128, "
         "v=int(bits={0}, group={1}), v_lag=128)")
@@ -81,17 +82,47 @@ class Case:
         gm = torch.fx.GraphModule({}, graph)
         with torch.no_grad(), config.patch(force_disable_caches=True):
             run, texts = run_and_get_code(lambda: compile_graph(gm, flat, dynamic))
-            o, *self.mass = run(*flat)
+            self.run = lambda: run(self.q, *flat[1:])
+            o, *self.mass = self.run()
             return o, "".join(texts)
 
     def check(self):
-        given, options = self.arguments(*(x.float() for x in (self.q, self.k, self.v)))
-        want, *_ = ATTEND(*given, **options)
         got, texts = self.fused()
         assert "kvc::attend<" in texts, "the plain body was run"
+        self.compare(got)
+        return got
+
+    def compare(self, got):
+        given, options = self.arguments(*(x.float() for x in (self.q, self.k, self.v)))
+        want, *_ = ATTEND(*given, **options)
         error = (got.float() - want).abs().max()
         assert error <= self.tolerance(want), (error, self.tolerance(want))
-        return got
+
+    def aim(self, edge):
+        """Queries that see little but one token: the first, at an edge of a tier, or the last."""
+        counts = self.layers.planes[0][1].tolist()
+        for row, own in enumerate(counts):
+            for head, n in enumerate(own):
+                tiers = self.store.spans("k", n) | {"v": self.store.spans("v", n)["body"]}
+                ends = sorted({m + self.store.sinks for span in tiers.values() for m in span})
+                k = self.read(row, head, n)
+                if not len(k):
+                    continue
+                wanted = {"first": 0, "last": n - 1}.get(edge) if isinstance(edge, str) else (
+                    ends[edge % len(ends)] - edge // len(ends) % 2)
+                kept = self.store.numbers(n)
+                at = kept.index(wanted) if wanted in kept else 0
+                group = slice(head * self.shape.queries, (head + 1) * self.shape.queries)
+                far = 12 / self.shape.scale / k[at].square().sum().clamp_min(1e-6)
+                self.q[row, group, 0] = (k[at] * far).to(self.dtype)
+
+    def read(self, row, head, n):
+        """[kept, Dk] in fp32: K of a head as the plain body reads it."""
+        named = pages.named(self.layers.specs, self.layers.planes, [1])
+        tiers = pages.tiers(self.store, "k", named, self.shape.dims[0], torch.float32)
+        every = pages.stored(self.store, "k", tiers, row, slice(head, head + 1), n)[0]
+        return every.narrow(-1, self.options.get("member", 0) * self.shape.dims[0],
+                            self.shape.dims[0])
 
     def tolerance(self, want):
         """Rounding of both sides: 2 gamma(D + 2) scale sum |q||k| in a logit, gamma(T) Vmax.
@@ -146,9 +177,18 @@ QUICK = {
 }
 
 
+QUICK |= {name: dict(store=text) for name, text in with_reader(
+    "cpp", [case["store"] for case in QUICK.values()]).items()}
+
+
 @pytest.mark.parametrize("name", QUICK)
 def test_the_kernel_is_the_body(name):
-    Case(**QUICK[name]).check()
+    """On random queries, and on such as see little but one token, at every edge of a tier."""
+    case = Case(**QUICK[name])
+    case.check()
+    for edge in ("first", "last", *range(12)):
+        case.aim(edge)
+        case.compare(case.run()[0])
 
 
 @pytest.mark.slow

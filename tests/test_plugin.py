@@ -8,7 +8,8 @@ import pytest
 from kvcompile import format as formats_module
 from kvcompile import method as methods_module
 from kvcompile.errors import KVCompileError
-from kvcompile.testing import check_registered, exempt, pairs, registered
+from kvcompile.testing import LAWS, check_registered, exempt, pairs, registered
+from kvcompile.testing.__main__ import main
 
 
 @pytest.fixture
@@ -53,3 +54,15 @@ def test_everything_registered_is_covered():
     """Every kind has laws, and every registered thing keeps some or says why not."""
     covered = {(one.kind, name) for one, name, _ in pairs()}
     assert covered == {(kind, name) for kind, things in registered().items() for name in things}
+
+
+def test_what_is_covered_is_printed(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["laws"])
+    main()
+    told = capsys.readouterr().out
+    assert f"{len(LAWS)} laws, {len(list(pairs()))} pairs, " in told
+    outs = told.split(" opt-outs")[1].strip().splitlines()
+    assert all(line.partition(": ")[2] for line in outs)     # each with its reason
+    monkeypatch.setattr("sys.argv", ["laws", "dense", "text_round_trips", "--seed", "3"])
+    main()
+    assert capsys.readouterr().out == "dense text_round_trips: holds\n"

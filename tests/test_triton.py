@@ -17,7 +17,7 @@ from kvcompile.backend import gpu, offline
 from kvcompile.errors import KVCompileError
 from kvcompile.format import formats
 from kvcompile.ir import APPEND, ATTEND
-from kvcompile.kernels import triton_attend, triton_source
+from kvcompile.kernels import triton_append, triton_attend, triton_source
 from kvcompile.planes import Group
 from kvcompile.site import Site
 from kvcompile.store import Store
@@ -197,3 +197,23 @@ def test_compiled_graphs_see_the_kernels(caplog):
     assert len(kernels) == 4                                # attend, merge; encode, keep
     written = len(seen[0].graph.output_node().args[0]) - 1
     assert written >= len(planes) - sum(s.name.endswith("table") for s in specs)
+
+
+@needs_triton
+@pytest.mark.parametrize("store", [KIVI.format(4), "store(k=hadamard(of=fp8), v=outliers(of=nf4))"])
+def test_inductor_writes_whole_kernels(store):
+    """What Inductor puts into its module for a kernel of ours defines all that the kernel calls."""
+    from torch._inductor.codegen import wrapper
+
+    parsed, shape = Store.parse(store), shape_of()
+    cut = triton_attend.tile(parsed, shape)
+    spec = triton_append.Shape(8, (128, 128), torch.bfloat16)
+    for text, name in ((triton_attend.source(parsed, shape, cut),
+                        triton_attend.name(parsed, shape, cut)),
+                       (triton_append.source(parsed, spec, "encode"),
+                        triton_append.name(parsed, spec, "encode"))):
+        kernel = triton_source.kernel(text, name)
+        written = wrapper.user_defined_triton_kernel_transitive_closure_source_code(kernel)
+        defined = set(re.findall(r"^def (\w+)", written, re.M))
+        called = set(re.findall(r"\b(\w+)\(", written)) & triton_source.helpers().keys()
+        assert name in defined and len(called) > 8 and called <= defined

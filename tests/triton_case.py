@@ -8,6 +8,7 @@ from kvcompile.kernels.triton_source import interpreted
 from kvcompile.planes import Group
 from kvcompile.site import Site
 from kvcompile.store import Store
+from kvcompile.testing.strategies import with_reader
 
 TABLE = ("[-0.95, -0.8, -0.65, -0.5, -0.4, -0.3, -0.2, -0.1, 0, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, "
          "0.95]")
@@ -40,6 +41,8 @@ STORES = {  # what the recipes make, and the corners of the formats
     "minicache": "store(k=direction(kept=3), k_block=128, v=direction(of=int(bits=4)), v_block=128,"
                  " members=2)",
 }
+
+STORES |= with_reader("triton", STORES.values())
 
 
 class Case:
