@@ -84,7 +84,7 @@ def _rebuilt(node: Node) -> str:
     layer = f"layer {argument(node, 'layer')}"
     if Store.parse(argument(node, "store")).v_in_k:
         return f"{layer} stores one latent for K and V"
-    if Store.parse(argument(node, "store")).slots:
+    if argument(node, "rule"):
         return f"which tokens {layer} keeps is decided by scores"
     if any(argument(node, name) is not None for name in ("basis", "cos")):
         return f"the keys of {layer} are rebuilt when they are read"
