@@ -70,7 +70,7 @@ def drawn(method: Method, data: Any, members: bool = True) -> Store:
 
 
 class Layer:
-    """One layer that stores by `store`, in a group of its own."""
+    """One layer that stores by `store`, in a group of its own. Where V is a part of K it is K."""
 
     def __init__(self, store: Store, batch: int = 1, dim: int = DIM) -> None:
         site = Site(0, Q_HEADS, HEADS, (dim, dim), torch.float32, 0, store)
@@ -81,6 +81,7 @@ class Layer:
     def append(self, k: Tensor, v: Tensor, valid: Tensor) -> None:
         self.counts = [n + int(m) for n, m in zip(self.counts, valid.sum(1), strict=True)]
         self.group.reserve(self.counts)
+        v = k if self.store.v_in_k else v
         both = [[x.roll(i, -1) for i in range(self.store.members)] for x in (k, v)]
         APPEND(self.group.planes, *both, _positions(valid), valid, store=str(self.store),
                slots=[0])
@@ -88,13 +89,14 @@ class Layer:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
         counts = [n + int(m) for n, m in zip(self.counts, valid.sum(1), strict=True)]
         self.group.reserve(counts)
+        v = k if self.store.v_in_k else v
         o: Tensor = ATTEND(q, k, v, self.group.planes, _positions(valid), valid, None,
                            scale=self.dim**-0.5, store=str(self.store))[0]
         return o
 
     def read(self, side: Any, row: int = 0) -> Tensor:
         """[H, kept, D]: what a row holds, oldest first."""
-        pages = module("kernels", "pages")
+        pages, side = module("kernels", "pages"), "k" if self.store.v_in_k else side
         named = pages.named(self.group.specs, self.group.planes, [0])
         tiers = pages.tiers(self.store, side, named, self.dim, torch.float32)
         found: Tensor = pages.stored(self.store, side, tiers, row, slice(0, HEADS),
@@ -174,6 +176,7 @@ def decoding_is_the_stateless_form(method: Method, data: Any) -> None:
     store, tokens = drawn(method, data, members=False), data.draw(st.sampled_from(EDGES[8:]))
     q, k, v = qkv(data, 1, tokens)
     valid, start = torch.ones(1, tokens, dtype=torch.bool), max(0, tokens - 5)
+    v = k if store.v_in_k else v
     want = ATTENTION(q, k, v, _positions(valid), valid, None, scale=DIM**-0.5, store=str(store))
     layer, one = Layer(store), torch.ones(1, 1, dtype=torch.bool)
     if start:
