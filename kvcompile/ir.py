@@ -145,7 +145,7 @@ def _(cache, k, v, *, length, layer):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("kvc::decode", lib=LIB)
 def _(cache, q, k, v, mask, *, scale, recipe="", layer):  # type: ignore[no-untyped-def]
-    return q.new_empty(*q.shape[:-1], v.shape[-1])
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
 
 
 @torch.library.register_fake("kvc::linear", lib=LIB)

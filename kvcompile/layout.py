@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 from torch.fx import Node
 
 from kvcompile.elements import Elements, Mixed, Tracer, width
@@ -75,8 +75,11 @@ class Layout:
 def made_of(side: Node, stored: Sequence[Node], again: set[Node]) -> Made:
     """`side` (K or V) in terms of `stored`; linears and rope in `again` are computed at read.
 
-    Elements of `stored` are numbered one tensor after the other. Raises Mixed.
+    Elements of `stored` are numbered one tensor after the other. Raises Mixed, also where batch or
+    length is a constant of the graph: tokens could not be told from channels.
     """
+    if not all(isinstance(side.meta["val"].shape[d], SymInt) for d in (0, 2)):
+        raise Mixed(side)
     tracer, rope = Tracer(), None
     heads, dim = (int(side.meta["val"].shape[d]) for d in (1, 3))
     ends = {*stored, *(n for n in again if n.target is ROPE or is_linear(n))}

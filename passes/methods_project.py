@@ -39,6 +39,9 @@ WHOLE = 1 << 16  # more kv heads than a layer has
 MULTIPLE = Param("multiple", 16, choices=(1, 2, 4, 8, 16, 32, 64), help="ranks are multiples")
 WHITEN = Param("whiten", True, help="nearest on the calibration text, not in the weights")
 
+REBUILT = {"attention_is_within_its_bound": "keys are computed anew at every read, which "
+           "verify does not cover"}
+
 METHODS = (
     Method(
         name="palu",
@@ -55,7 +58,7 @@ METHODS = (
             Param("hadamard", False, help="latents turned by a Hadamard matrix, for quantization"),
             MULTIPLE,
         ),
-        axes=_palu,
+        axes=_palu, exempt=REBUILT,
         note="one rank for all layers (or one energy) instead of the paper's search by Fisher "
         "information; kv heads are grouped by as many as divide them",
     ),
@@ -70,7 +73,7 @@ METHODS = (
             Param("least", 0.4, minimum=0.01, maximum=1.0, help="that of the least sensitive one"),
             MULTIPLE,
         ),
-        axes=_lorc,
+        axes=_lorc, exempt=REBUILT,
         note="SVD of all heads' weights at once; layers in between by the logarithm of the product "
         "of the condition numbers that amplify their error",
     ),
@@ -85,7 +88,7 @@ METHODS = (
             WHITEN,
             MULTIPLE,
         ),
-        axes=_joint,
+        axes=_joint, exempt=REBUILT,
         note="MHA2MLA's joint SVD of K's and V's weights, balanced as TransMLA's; the rotation is "
         "kept whole and keys are rebuilt at read, where the papers rotate a part of them and "
         "fine-tune",
@@ -100,7 +103,7 @@ METHODS = (
             groups("channels of a token"),
             residual(default=0),
         ),
-        axes=_xquant,
+        axes=_xquant, exempt=REBUILT,
         note="what K and V are projected from is cached, once for both, where it is narrower than "
         "they are together (not with few kv heads, for which the paper factors the projections)",
     ),

@@ -204,7 +204,7 @@ def test_a_quick_run_leaves_out_what_is_slow(monkeypatch: pytest.MonkeyPatch,
     def ran(quick: bool, *groups: str) -> list[str]:
         return [row.group for row in bench(Settings(quick=quick), groups).rows]
 
-    assert ran(False) == ["attend", "context", "step", "prefill", "start"]
+    assert ran(False) == ["attend", "context", "step", "prefill", "start", "roofline"]
     assert ran(True) == ["attend", "context", "step", "prefill"]
     assert ran(True, "start", "attend") == ["attend", "start"]
 

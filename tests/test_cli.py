@@ -93,7 +93,7 @@ def spoken(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     (["run", "--model", "tiny-llama", "--prompt-file", "/no/such/file"],
      "kvcompile run: cannot read /no/such/file: No such file or directory"),
     (["bench", "--rows", "attend", "prefil"], "kvcompile bench: unknown rows 'prefil'; did you "
-     "mean 'prefill'?; known: attend, context, step, prefill, start"),
+     "mean 'prefill'?; known: attend, context, step, prefill, start, roofline"),
     (["bench", "--rows", "step", "--model", "tiny-lama"],
      "kvcompile bench: unknown tiny architecture 'lama'; did you mean 'llama'?"),
     (["eval", "--recipes", "full", "kivi(bits=3)"],

@@ -129,7 +129,8 @@ def every_token_is_in_one_tier(method: Method, data: Any) -> None:
             for tier, (start, end) in spans.items():
                 ring = store.ring(side, tier)
                 assert end - start <= (end if ring is None else ring), (tier, n)
-                assert end == start or tier in store.tiers(side)
+                lies_in = "k" if store.v_in_k else side
+                assert end == start or tier in store.tiers(lies_in)
 
 
 @law("method", cost=7)
