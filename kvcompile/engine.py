@@ -25,9 +25,9 @@ log = logging.getLogger(__name__)
 class Engine:
     """The graphs of a program, ready to be called.
 
-    prefill: an empty cache, eager. extend: more tokens on a cache, eager; both store by the fused
-    kernel where there is one. A step of one token is
-    the extend graph compiled by Inductor, once for a batch of one and once for any larger batch.
+    prefill: an empty cache, eager. extend: more tokens on a cache, eager; both attend and store by
+    kernels where there are some (`kvcompile.alone`). A step of one token is the extend graph
+    compiled by Inductor, once for a batch of one and once for any larger batch.
     """
 
     def __init__(self, program: Program, compile: bool = True) -> None:
