@@ -48,12 +48,13 @@ def layer_rows(program: Program, before: Sequence[float]) -> list[Row]:
 def kernel_of(site: Site) -> tuple[str, str]:
     """What runs the kvc ops of a compiled step on the CPU, and why that is no fused kernel, if so.
 
-    Calls of more than one token, and steps that are not compiled, run the plain bodies.
+    Prompts and later turns attend and store by the same readers' kernels (`kvcompile.alone`); what
+    is not compiled runs the plain bodies.
     """
     why = fused(site)
     if not why:
         return "fused C++", ""
-    which = "eager body" if len(why) == 2 else f"eager {' '.join(why)}"
+    which = "eager body" if {"attend", "append"} <= why.keys() else f"eager {' '.join(why)}"
     return which, "; ".join(f"kvc.{op} runs its plain body: {reason}" for op, reason in why.items())
 
 
@@ -64,7 +65,8 @@ def fused(site: Site) -> dict[str, str]:
                          site.window)
     found = {"attend": "keys are rebuilt at read" if site.rebuilt else
                        attend.unsupported(site.store, shape),
-             "append": append.unsupported(site.store, site.dims, site.dtype)}
+             "append": append.unsupported(site.store, site.dims, site.dtype),
+             "evict": "there is no kernel for it" if site.store.slots else ""}
     return {op: reason for op, reason in found.items() if reason}
 
 
