@@ -67,6 +67,16 @@ def mass(q: Tensor, k: Tensor, lse: Tensor, scale: float, window: int, softcap: 
 def causal(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float,
            sinks: Tensor | None) -> Tensor:
     """o [B, Hq, S, Dv] for S queries that are all the tokens there are; torch's SDPA if it can."""
+    return tokens_first(_causal(q, k, v, scale, window, softcap, sinks))
+
+
+def tokens_first(x: Tensor) -> Tensor:
+    """x [B, H, S, D] laid out as [B, S, H, D], which is what kvc.attention promises."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float,
+            sinks: Tensor | None) -> Tensor:
     plain = not softcap and sinks is None and (not window or window >= k.shape[2])
     values = v.shape[-1]
     if plain:

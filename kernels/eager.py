@@ -13,7 +13,7 @@ from kvcompile.errors import KVCompileError
 from kvcompile.format import Side
 from kvcompile.ir import body
 from kvcompile.kernels import pages
-from kvcompile.kernels.dense_attention import attend_row, causal, decode
+from kvcompile.kernels.dense_attention import attend_row, causal, decode, tokens_first
 from kvcompile.kernels.dense_attention import mass as weight_of
 from kvcompile.kernels.rebuild import Rebuild
 from kvcompile.rounding import Arithmetic
@@ -75,10 +75,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor,
 
     def rows(q: Tensor, k: Tensor, v: Tensor, own: Rebuild, which: Sequence[int]) -> Tensor:
         if parsed.plain and parsed.window in (0, window - 1):
-            return _tokens_first(causal(q, own.keys(k), v, scale, window, softcap, sinks))
+            return causal(q, own.keys(k), v, scale, window, softcap, sinks)
         each = [_one_by_one(parsed, *x, scale, window, softcap, sinks, own.row(row))
                 for row, x in zip(which, zip(q, k, v, strict=True), strict=True)]
-        return _tokens_first(torch.stack(each))
+        return tokens_first(torch.stack(each))
 
     if bool(valid.all()):
         return rows(q, k, v, rebuild, range(batch))
@@ -89,11 +89,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor,
             q_, k_, v_ = (x[b : b + 1, :, keep] for x in (q, k, v))
             out[b][:, keep] = rows(q_, k_, v_, own, [0])[0]
     return out
-
-
-def _tokens_first(x: Tensor) -> Tensor:
-    """x [B, H, S, D] laid out as [B, S, H, D], which is what comes out of torch's SDPA."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _one_by_one(store: Store, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int,

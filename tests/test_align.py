@@ -3,10 +3,10 @@
 import pytest
 import torch
 from support import greedy, optimized, plain, prompt
+from torch._dynamo.exc import BackendCompilerFailed
 
 import kvcompile
 from kvcompile.alignment import Rotary, align, orthogonal, turn
-from kvcompile.errors import RecipeError
 from kvcompile.models.tiny import tiny
 
 
@@ -112,6 +112,6 @@ def test_what_cannot_be_aligned():
     refused = {r.layer: r.what for r in report.rows if r.name == "align"}
     assert set(refused) == {1, 3} and all(r.status == "refused" for r in report.rows
                                           if r.name == "align")
-    with pytest.raises(RecipeError, match="aligning layers needs a text"):
+    with pytest.raises(BackendCompilerFailed, match="RecipeError: aligning layers needs a text"):
         torch.compile(plain("llama:2"), backend="kvcompile", options={
             "recipe": "cla(align=true)"})(prompt(8), use_cache=False)
