@@ -90,11 +90,12 @@ def kernels(program: Program, targets: Sequence[str]) -> Kernels:
     rows, missing, sources = [], [], {}
     for (store, shape, rebuilt), layers in alike.items():
         which = runs(layers).split(" ", 1)[1]
-        found, reasons = offline.kernels(store, shape)
-        if rebuilt:
-            found, reasons = found[1:], [f"attend: {gpu.REBUILT}", *reasons]
-        missing += [f"layers {which}: no kernel for kvc.{reason}" for reason in reasons]
-        for one in found:
-            sources[one.name] = one.text
-            rows += [(which, offline.compiled(one, target)) for target in targets]
+        for target in targets:
+            found, reasons = offline.kernels(store, shape, target)
+            if rebuilt:
+                found, reasons = found[1:], [f"attend: {gpu.REBUILT}", *reasons]
+            reasons = [f"layers {which}: no kernel for kvc.{reason}" for reason in reasons]
+            missing += [reason for reason in reasons if reason not in missing]
+            sources |= {one.name: one.text for one in found}
+            rows += [(which, offline.compiled(one, target)) for one in found]
     return Kernels(program.name, str(program.recipe), rows, missing, sources)
