@@ -255,3 +255,20 @@ def test_inductor_writes_whole_kernels(store):
         defined = set(re.findall(r"^def (\w+)", written, re.M))
         called = set(re.findall(r"\b(\w+)\(", written)) & triton_source.helpers().keys()
         assert name in defined and len(called) > 8 and called <= defined
+
+
+@needs_triton
+def test_the_table_of_every_method(monkeypatch):
+    monkeypatch.setattr(offline, "compiled", lambda one, target: offline.Compiled(
+        one.name, target, "", 40))
+    program = kvcompile.explain(plain("llama:2"), "kivi").program
+    monkeypatch.setattr(kernel_table, "methods", lambda: ["snapkv", "h2o", "palu", "kivi"])
+    table = kernel_table.kernels(program, ["cuda:80"], True, (32, 8, 128))
+    labels = [label for label, _ in table.rows]
+    assert {"snapkv", "h2o", "h2o+kivi"} <= {*labels}
+    assert any(label.startswith("snapkv+kivi and ") for label in labels)
+    kinds = {label: [one.kernel.split("_")[0] for name, one in table.rows if name == label]
+             for label in labels}
+    assert kinds["h2o"] == ["attend", "encode", "move"]
+    assert kinds["h2o+kivi"] == ["attend", "encode", "keep"]  # whole pages leave
+    assert any("palu" in reason and "rebuilt" in reason for reason in table.missing)
