@@ -64,6 +64,7 @@ def perturbed(r: Random, k: torch.Tensor, v: torch.Tensor) -> tuple[View, Contra
     return View.of(*shown, where), Contract(*some, dropped)
 
 
+@pytest.mark.share(5)
 @given(seed=st.integers(0, 2**32))
 def test_theorem(seed):
     """|o' - o| <= (m + tanh(d / 2)) spread + eps_v for views at the edge of their contract."""
@@ -97,6 +98,7 @@ def test_the_theorem_is_tight(d):
     assert error == pytest.approx(float(bound(q, k, v, contract, how).total), rel=1e-9)
 
 
+@pytest.mark.share(5)
 @given(seed=st.integers(0, 2**32))
 def test_dropping_alone_costs_its_mass(seed):
     """With nothing but drops the error is at most m spread(V), and 0 where nothing is dropped."""
@@ -111,6 +113,7 @@ def test_dropping_alone_costs_its_mass(seed):
     assert (error <= mass[:, None] * spread(q, v, how) + SLIGHT * v.abs().max()).all()
 
 
+@pytest.mark.share(5)
 @given(seed=st.integers(0, 2**32))
 def test_merging_equal_tokens_is_exact(seed):
     """Tokens with the same K and V in one slot that counts them: nothing changes."""
@@ -129,6 +132,7 @@ def test_merging_equal_tokens_is_exact(seed):
                                                         same_v)
 
 
+@pytest.mark.share(5)
 @given(seed=st.integers(0, 2**32))
 def test_contracts_compose(seed):
     """A view of a view keeps the sum of the contracts, and so the theorem."""
@@ -146,6 +150,7 @@ def test_contracts_compose(seed):
 
 
 @pytest.mark.parametrize("style", ["half", "interleaved"])
+@pytest.mark.share(5)
 @given(seed=st.integers(0, 2**32))
 def test_errors_before_a_rotation(style, seed):
     """Keys stored before RoPE: after it they are off by no more than `rotated` says."""
