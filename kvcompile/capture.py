@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from kvcompile.errors import UnsupportedModelError
 from kvcompile.ir import argument, attention_nodes
+from kvcompile.lazy import LazyGraphModule
 
 log = logging.getLogger(__name__)
 
@@ -200,7 +201,7 @@ def _plain(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     result = output.args[0]
     output.args = (result[0] if isinstance(result, (tuple, list)) else result,)
     gm.graph.eliminate_dead_code()
-    out = torch.fx.GraphModule(gm, gm.graph)
+    out = LazyGraphModule(gm, gm.graph)
     out.eval()
     return out
 

@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule
 
 from kvcompile.errors import KVCompileError
 from kvcompile.ir import argument, attention_nodes
+from kvcompile.lazy import LazyGraphModule
 from kvcompile.plan import LayerPlan
 from kvcompile.registry import plugins
 from kvcompile.site import owners
@@ -126,6 +127,6 @@ def copy_graph(gm: GraphModule) -> GraphModule:
     graph.output(output)
     for old, new in zip(gm.graph.nodes, graph.nodes, strict=True):
         new.meta = dict(old.meta)
-    copied = GraphModule(gm, graph)
+    copied = LazyGraphModule(gm, graph)
     copied.meta.update(gm.meta)
     return copied
