@@ -100,8 +100,8 @@ FAULTS = {
     "moved-token": Fault(
         "V of a token that takes another's place stays behind", "kernels/evict.py",
         "        if not spec.shape:\n            continue\n        to, source",
-        "        if not spec.shape or spec.name[0] == 'v':\n            continue\n        to, source",
-        RULES),
+        "        if not spec.shape or spec.name[0] == 'v':\n            continue\n"
+        "        to, source", RULES),
     "rebuilt-angles": Fault(
         "keys that are rebuilt are turned by the angles of others", "kernels/eager.py",
         "own.at(numbers).keys(old[0])", "own.at(numbers.flip(0)).keys(old[0])",
