@@ -16,6 +16,7 @@ of a head that is no multiple of 16F).
 """
 
 from abc import ABC, abstractmethod
+from math import lcm
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +25,6 @@ from torch.nn.functional import pad
 
 from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE, Planes, Side, StepPlane, term_of
-from kvcompile.kernels.triton_source import padded
 from kvcompile.kernels.values import Values
 
 GROUPS = (16, 32, 64, 128)
@@ -158,11 +158,10 @@ class Coded(ABC):
 
     def triton(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]) -> str:
         """The tile of decoded numbers (`kernels/triton_source.py`)."""
-        width = padded(dim)
-        codes = f"{side}_codes({planes[0]}, page, at, N, {dim}, {width}, {self.values.bits})"
+        codes = f"{side}_codes({planes[0]}, page, at, N, {dim}, DP, {self.values.bits})"
         group = self.group if self.axis == "channel" else self._group(dim)
         return (f"by_{self.axis}({self.values.triton(codes)}, {planes[1]}, {planes[-1]}, page, at, "
-                f"keep, N, {dim}, {width}, {group}, {self.has_low})")
+                f"keep, N, {dim}, DP, {group}, {self.has_low})")
 
     @property
     def triton_fit(self) -> str:
@@ -172,9 +171,9 @@ class Coded(ABC):
     def triton_writer(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]
                       ) -> list[str]:
         """Statements that store the tile `x`; RecipeError if none can."""
-        width, where = padded(dim), "page, at, keep"
+        where = "page, at, keep"
         axis, group = (1, self.group) if self.axis == "channel" else (2, self._group(dim))
-        sizes = f"N, {dim}, {width}, {group}"
+        sizes = f"N, {dim}, DP, {group}"
         lines = [f"g, inside = group_{self.axis}(x, {sizes})",
                  f"scale, low = {self.triton_fit.replace('AXIS', str(axis))}",
                  f"store_{self.axis}({planes[1]}, {where}, scale, {sizes})"]
@@ -182,8 +181,19 @@ class Coded(ABC):
             lines.append(f"store_{self.axis}({planes[2]}, {where}, low, {sizes})")
         code = self.values.triton_code(f"normal(g, scale, low, {axis}, {self.has_low})")
         return [*lines, f"codes = {code}",
-                f"{side}_store({planes[0]}, {where}, tl.reshape(codes, (N, {width})), N, {dim}, "
-                f"{width}, {self.values.bits})"]
+                f"{side}_store({planes[0]}, {where}, tl.reshape(codes, (N, DP)), N, {dim}, "
+                f"DP, {self.values.bits})"]
+
+    def triton_pieces(self, dim: int, side: Side) -> tuple[int, list[int]]:
+        """Channels that can be written by themselves, and how much of each plane is theirs."""
+        fields = 8 // self.values.bits
+        many = 4 * fields if side == "k" else 16 * fields  # whole words, or whole tiles
+        if side == "v" and dim % many:
+            raise RecipeError("the rest of a head lies apart")
+        group = 1 if self.axis == "channel" else self._group(dim)
+        many = lcm(many, group)
+        scales = many if self.axis == "channel" else many // group * PAGE
+        return many, [many // fields * (16 if side == "k" else 4), *[scales] * (1 + self.has_low)]
 
 
 def _normal(x: Tensor, scale: Tensor, low: Tensor | None) -> Tensor:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from kvcompile.errors import RecipeError
 from kvcompile.format import Planes, Side, StepPlane
-from kvcompile.kernels.triton_source import padded
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CPP = {torch.bfloat16: "bf16", torch.float16: "half", torch.float32: "float"}
@@ -69,18 +68,28 @@ class Dense:
 
     def triton(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]) -> str:
         """The tile of numbers (`kernels/triton_source.py`)."""
-        return f"dense({planes[0]}, page, at, keep, N, {dim}, {padded(dim)})"
+        return f"dense({planes[0]}, page, at, keep, N, {dim}, DP)"
 
     def triton_member(self, dim: int, members: int, dtype: torch.dtype, side: Side,
                       planes: list[str]) -> str:
         """The tile of `dim` channels of one of the `members` that lie side by side."""
-        return (f"dense_member({planes[0]}, member, page, at, keep, N, {dim}, {padded(dim)}, "
+        return (f"dense_member({planes[0]}, member, page, at, keep, N, {dim}, DP, "
                 f"{members})")
 
     def triton_writer(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]
                       ) -> list[str]:
         """Statements that store the tile `x`."""
-        return [f"dense_store({planes[0]}, page, at, keep, x, N, {dim}, {padded(dim)})"]
+        return [f"dense_store({planes[0]}, page, at, keep, x, N, {dim}, DP)"]
+
+    def triton_pieces(self, dim: int, side: Side) -> tuple[int, list[int]]:
+        """Channels that can be written by themselves, and how much of the plane is theirs."""
+        return 4, [4]
+
+    def triton_member_writer(self, dim: int, members: int, dtype: torch.dtype, side: Side,
+                             planes: list[str]) -> list[str]:
+        """Statements that store the tiles `x0`, `x1`, ... of `dim` channels side by side."""
+        return [f"dense_member_store({planes[0]}, {i}, page, at, keep, x{i}, N, {dim}, "
+                f"DP, {members})" for i in range(members)]
 
 
 FORMAT = Dense

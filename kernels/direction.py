@@ -9,7 +9,6 @@ from torch import Tensor
 from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE, Planes, Side, StepPlane
 from kvcompile.kernels.dense import CPP
-from kvcompile.kernels.triton_source import padded
 from kvcompile.kernels.wrapper import Wrapper, total
 from kvcompile.recipe import Term
 
@@ -131,7 +130,7 @@ class Direction(Wrapper):
 
     def triton_member(self, dim: int, members: int, dtype: torch.dtype, side: Side,
                       planes: list[str]) -> str:
-        """The tile of `dim` channels of one of two layers (`kernels/triton/wrapper.py`)."""
+        """The tile of `dim` channels of one of two layers (`kernels/triton/direction.py`)."""
         if members != 2:
             raise RecipeError(f"direction is of two layers, not of {members}")
         at = len(self.inner.planes(dim, dtype, side))
@@ -139,7 +138,21 @@ class Direction(Wrapper):
         length, *rest = planes[at:]
         place, exact = rest or (length, length)  # unused where no token is kept
         return (f"direction({inside}, {length}, {place}, {exact}, member, page, at, keep, N, "
-                f"{dim}, {padded(dim)}, {self.kept})")
+                f"{dim}, DP, {self.kept})")
+
+    def triton_member_writer(self, dim: int, members: int, dtype: torch.dtype, side: Side,
+                             planes: list[str]) -> list[str]:
+        """Statements that store the tiles `x0` and `x1`; RecipeError if none can."""
+        if members != 2:
+            raise RecipeError(f"direction is of two layers, not of {members}")
+        if dim & (dim - 1):
+            raise RecipeError(f"the Triton writer needs heads of a power of two, not of {dim}")
+        at = len(self.inner.planes(dim, dtype, side))
+        length, *rest = planes[at:]
+        place, exact = rest or (length, length)  # unused where no token is kept
+        return [f"x = direction_of(x0, x1, {length}, {place}, {exact}, page, keep, N, {dim}, "
+                f"DP, {self.kept}, {self.t}, {FLAT})",
+                *self.inner_triton_writer(dim, dtype, side, planes[:at])]
 
     def limit(self, dtype: torch.dtype) -> float:
         return torch.finfo(torch.float16).max / 32  # a length is at most the root of 1,024 numbers

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from kvcompile.errors import RecipeError
 from kvcompile.format import Planes, Side
-from kvcompile.kernels.triton_source import padded
 from kvcompile.kernels.wrapper import Wrapper
 from kvcompile.recipe import Term
 
@@ -64,12 +63,12 @@ class Hadamard(Wrapper):
     def triton(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]) -> str:
         """The tile of decoded numbers (`kernels/triton/wrapper.py`)."""
         inside = self.inner_triton(dim, dtype, side, planes)
-        return f"turn({inside}, N, {padded(dim)}, {self.turn_size(dim)})"
+        return f"turn({inside}, N, DP, {self.turn_size(dim)})"
 
     def triton_writer(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]
                       ) -> list[str]:
         """Statements that store the tile `x`."""
-        return [f"x = turn(x, N, {padded(dim)}, {self.turn_size(dim)})",
+        return [f"x = turn(x, N, DP, {self.turn_size(dim)})",
                 *self.inner_triton_writer(dim, dtype, side, planes)]
 
 

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from kvcompile.errors import RecipeError
 from kvcompile.format import Planes, Side, StepPlane
-from kvcompile.kernels.triton_source import padded
 from kvcompile.kernels.wrapper import Wrapper
 from kvcompile.recipe import Term
+
+STEPS = 3  # of the iteration
+MOST = 8192  # numbers of a block that a GPU's program can hold
+FACTOR, MODULUS = 40503, 65536  # close to the golden ratio: multiples spread evenly
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Lowrank(Wrapper):
         error = (x - self.inner.decode(inside, dim, torch.float32, side)).unflatten(
             -2, (-1, self.step))
         basis = _start(dim, self.rank).to(x.device)
-        for _ in range(3):
+        for _ in range(STEPS):
             basis = torch.linalg.qr(error.mT @ (error @ basis)).Q      # [..., dim, rank]
         b = basis.mT.to(torch.float16)
         a = (error @ basis).mT.to(torch.float16)
@@ -67,17 +70,30 @@ class Lowrank(Wrapper):
         return f"Lowrank<{self.inner_cpp(dim, dtype, side)}, {dim}, {self.step}, {self.rank}>"
 
     def triton(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]) -> str:
-        """The tile of decoded numbers (`kernels/triton/wrapper.py`)."""
+        """The tile of decoded numbers (`kernels/triton/lowrank.py`)."""
         inside = self.inner_triton(dim, dtype, side, planes[:-2])
-        return (f"lowrank({inside}, {planes[-2]}, {planes[-1]}, page, at, N, {dim}, {padded(dim)}, "
+        return (f"lowrank({inside}, {planes[-2]}, {planes[-1]}, page, at, N, {dim}, DP, "
                 f"{self.step}, {self.rank})")
+
+    def triton_writer(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]
+                      ) -> list[str]:
+        """Statements that store the tile `x`, what is inside first; RecipeError if none can."""
+        if self.step * dim > MOST:
+            raise RecipeError(f"the Triton writer holds {MOST} numbers of a block, not "
+                              f"{self.step} x {dim}; use block={MOST // dim}")
+        inside = self.inner_triton(dim, dtype, side, planes[:-2])
+        return ["whole_x = x", *self.inner_triton_writer(dim, dtype, side, planes[:-2]),
+                "tl.debug_barrier()",
+                f"fit_lowrank({planes[-2]}, {planes[-1]}, page, at, keep, whole_x - {inside}, N, "
+                f"{dim}, DP, {self.rank}, {STEPS}, {FACTOR}, {MODULUS})"]
 
 
 @cache
 def _start(dim: int, rank: int) -> Tensor:
-    """Where the iteration starts: fixed, so that equal tokens are stored equally."""
-    generator = torch.Generator().manual_seed(dim * 31 + rank)
-    return torch.randn(dim, rank, generator=generator)
+    """Where the iteration starts: fixed, so that equal tokens are stored equally; and whole
+    numbers' multiples modulo another, so that a kernel starts there too."""
+    many = torch.arange(1, dim + 1)[:, None] * torch.arange(1, 2 * rank, 2)
+    return (many * FACTOR % MODULUS - MODULUS // 2).float() / MODULUS
 
 
 FORMAT = Lowrank

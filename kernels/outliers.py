@@ -10,7 +10,6 @@ from torch import Tensor
 from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE, Planes, Side, StepPlane
 from kvcompile.kernels.coded import Coded
-from kvcompile.kernels.triton_source import padded
 from kvcompile.kernels.wrapper import Wrapper, total
 from kvcompile.recipe import Term
 
@@ -109,7 +108,7 @@ class Outliers(Wrapper):
         _, group, taken = self._shape(dim)
         inside = self.inner_triton(dim, dtype, side, planes[:-2])
         return (f"outliers({inside}, {planes[-2]}, {planes[-1]}, page, at, keep, N, {dim}, "
-                f"{padded(dim)}, {group}, {taken}, {self._coded.axis == 'channel'})")
+                f"DP, {group}, {taken}, {self._coded.axis == 'channel'})")
 
     def triton_writer(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]
                       ) -> list[str]:
@@ -117,17 +116,24 @@ class Outliers(Wrapper):
         _, group, taken = self._shape(dim)
         if group & (group - 1):
             raise RecipeError(f"the Triton writer needs groups of a power of two, not {group}")
-        coded, width = self._coded, padded(dim)
+        coded = self._coded
         axis = 1 if coded.axis == "channel" else 2
-        sizes = f"{axis}, N, {dim}, {width}, {group}, {taken}"
+        sizes = f"{axis}, N, {dim}, DP, {group}, {taken}"
         base = f" + tl.expand_dims(number_of(low), {axis})" if coded.has_low else ""
-        return [f"whole_g, _ = group_{coded.axis}(x, N, {dim}, {width}, {group})",
+        return [f"whole_g, _ = group_{coded.axis}(x, N, {dim}, DP, {group})",
                 f"dense_g, out = take_out(whole_g, {planes[-2]}, page, at, keep, {sizes})",
-                f"x = tl.reshape(dense_g, (N, {width}))",
+                "x = tl.reshape(dense_g, (N, DP))",
                 *self.inner_triton_writer(dim, dtype, side, planes[:-2]),
                 f"stored = {coded.values.triton('codes')} * "
                 f"tl.expand_dims(number_of(scale), {axis}){base}",
                 f"store_rest({planes[-1]}, page, at, keep, whole_g - stored, out, {sizes})"]
+
+    def triton_pieces(self, dim: int, side: Side) -> tuple[int, list[int]]:
+        """Channels that can be written by themselves, and how much of each plane is theirs."""
+        many, inside = self._coded.triton_pieces(dim, side)
+        _, group, taken = self._shape(dim)
+        each = taken if self._coded.axis == "channel" else taken * PAGE // group
+        return many, [*inside, *[each * many] * 2]
 
 
 FORMAT = Outliers

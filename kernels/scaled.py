@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvcompile.format import Planes, Side, StepPlane
 from kvcompile.kernels.int_group import round_up
-from kvcompile.kernels.triton_source import padded
+from kvcompile.kernels.triton_source import of
 from kvcompile.kernels.wrapper import Wrapper
 from kvcompile.recipe import Term
 
@@ -64,13 +64,18 @@ class Scaled(Wrapper):
     def triton(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]) -> str:
         """The tile of decoded numbers (`kernels/triton/wrapper.py`)."""
         inside = self.inner_triton(dim, dtype, side, planes[:-1])
-        return f"scaled({inside}, {planes[-1]}, page, at, N, {dim}, {padded(dim)}, {self.step})"
+        return f"scaled({inside}, {planes[-1]}, page, at, N, {dim}, DP, {self.step})"
 
     def triton_writer(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]
                       ) -> list[str]:
         """Statements that store the tile `x`, one step."""
-        return [f"x = scale_down({planes[-1]}, page, at, keep, x, N, {dim}, {padded(dim)})",
+        return [f"x = scale_down({planes[-1]}, page, at, keep, x, N, {dim}, DP)",
                 *self.inner_triton_writer(dim, dtype, side, planes[:-1])]
+
+    def triton_pieces(self, dim: int, side: Side) -> tuple[int, list[int]]:
+        """Channels that can be written by themselves, and how much of each plane is theirs."""
+        many, inside = of(self.inner, "triton_pieces", "writer of some channels")(dim, side)
+        return many, [*inside, many]
 
 
 FORMAT = Scaled

@@ -40,6 +40,14 @@ def tokens(store: Store, side: Side, phase: str) -> int:
     return step if step > 1 else FEWEST
 
 
+def warps(store: Store, shape: Shape, phase: str) -> int:
+    """Warps of a program: eight where a format needs whole blocks."""
+    most = max((tokens(store, side, phase) * ts.piece(store, dim, side, tokens(store, side, phase))
+                for side, dim in zip(SIDES, shape.dims, strict=True)
+                if "body" in store.tiers(side)), default=0)
+    return 8 if phase == "encode" and most > ts.FEW else 4
+
+
 def chunks(store: Store, phase: str, new: Any) -> Any:
     """Tiles that may hold what `new` tokens change, of K or of V."""
     def of(side: Side) -> Any:
@@ -58,8 +66,8 @@ def name(store: Store, shape: Shape, phase: str) -> str:
 
 def arguments(store: Store, shape: Shape) -> list[str]:
     """The kernel's parameters in order."""
-    return ["k", "v", "numbers", "columns", "new", *ts.parameters(store, shape.dims, shape.dtype),
-            "slot", "batch", "tokens",
+    return ["k", "v", "columns", "new", *ts.parameters(store, shape.dims, shape.dtype),
+            "slot", "batch", "tokens", "lines",
             *(f"{x}_{d}" for x in "kv" for d in ("layer", "row", "head", "token")),
             *ts.sizes(store, shape.dims, shape.dtype)]
 
@@ -81,28 +89,32 @@ def source(store: Store, shape: Shape, phase: str) -> str:
         f"row, head = rest // {shape.heads}, rest % {shape.heads}",
         f"place = (((slot + layer) * batch + row) * {shape.heads} + head).to(tl.int64)",
         "n = tl.load(count + place)",
-        "after = n + tl.load(new + row)",
+        "line = row * lines + head % lines",
+        "after = n + tl.load(new + line)",
         f"before = tl.maximum(n - {store.sinks}, 0)",
     ]
-    for side, test in (("k", "=="), ("v", "!=")):
-        body += [f"if tl.program_id(2) {test} 0:", *ts.indent(sides[side] or ["pass"])]  # type: ignore[index]
+    for side, test in zip(SIDES, ("==", "!="), strict=True):
+        body += [f"if tl.program_id(2) {test} 0:", *ts.indent(sides[side] or ["pass"])]
     head = f"def {name(store, shape, phase)}({', '.join(arguments(store, shape))}):"
     return "\n".join([ts.HEAD, f"# {store}", "@triton.jit", head, *ts.indent(body)]) + "\n"
 
 
-def _new(shape: Shape, side: Side, which: str, mask: str) -> list[str]:
-    """x: the call's tokens that are number `which` [N] of the row's, in the model's dtype."""
+def _new(store: Store, shape: Shape, side: Side, which: str, mask: str, width: int = 0
+         ) -> list[str]:
+    """Tiles of the call's tokens that are number `which` [N] of the row's, in the model's dtype."""
     dim = shape.dims[SIDES.index(side)]
-    return [
+    lines = [
         f"mine = {mask}",
         f"rank = {which}",
-        "column = tl.load(columns + row * tokens + rank, mask=mine, other=0)",
+        "column = tl.load(columns + line * tokens + rank, mask=mine, other=0)",
         "column = tl.maximum(column, 0)",
-        f"c = tl.arange(0, {ts.padded(dim)})[None, :]",
-        f"where = {side} + layer * {side}_layer + row * {side}_row + head * {side}_head + "
-        f"column[:, None] * {side}_token + c",
-        f"x = tl.load(where, mask=mine[:, None] & (c < {dim}), other=0.0)",
+        f"c = tl.arange(0, {width or ts.padded(dim)})[None, :]"
+        + (f" + piece * {width}" if 0 < width < dim else ""),
+        f"where = {side} + layer * {store.members} * {side}_layer + row * {side}_row + "
+        f"head * {side}_head + column[:, None] * {side}_token + c",
     ]
+    return lines + [f"{x} = tl.load(where + {i} * {side}_layer, mask=mine[:, None] & (c < {dim}), "
+                    "other=0.0)" for i, x in enumerate(ts.tiles(store))]
 
 
 def _encode(store: Store, shape: Shape, side: Side) -> list[str]:
@@ -110,26 +122,34 @@ def _encode(store: Store, shape: Shape, side: Side) -> list[str]:
     if "body" not in store.tiers(side):
         return []
     dim, fmt = shape.dims[SIDES.index(side)], store.side(side).format
-    planes = ts.names(store, side, "body", dim, shape.dtype)
+    width = ts.piece(store, dim, side, tokens(store, side, "encode"))
+    planes = ts.moved(store, fmt, dim, side, ts.names(store, side, "body", dim, shape.dtype), width)
     lines = [*ts.span(store, "n", side, "old_"), *ts.span(store, "after", side, "")]
     lines += ["start = tl.maximum(old_end, first)",
               "base = (start // N + tl.program_id(0)) * N",
               "index = base + tl.arange(0, N)",
               "keep = (index >= start) & (index < end)"]
-    inner = _new(shape, side, f"index + {store.sinks} - n", "keep & (index >= before)")
+    inner = _new(store, shape, side, f"index + {store.sinks} - n", "keep & (index >= before)",
+                 width)
     if "recent" in store.tiers(side):
         waiting = store.format(side, "recent")
-        held = ts.names(store, side, "recent", dim, shape.dtype)
+        held = ts.moved(store, waiting, dim, side,
+                        ts.names(store, side, "recent", dim, shape.dtype), width)
         inner += [
             "leaving, keep = keep, keep & (index < before)",
             "page, at = " + ts.page(side, "recent", store.ring(side, "recent"), "base")
             + ", base % 128",
-            f"x = tl.where(keep[:, None], {waiting.triton(dim, shape.dtype, side, held)}, x)",  # type: ignore[attr-defined]
+            *(line for i, x in enumerate(ts.tiles(store)) for line in (
+                f"member = {i}", f"{x} = tl.where(keep[:, None], "
+                f"{ts.reader(store, waiting, dim, shape.dtype, side, held, width)}, {x})")),
             "keep = leaving"]
-    inner += ["x = x.to(tl.float32)",
+    inner += [*(f"{x} = {x}.to(tl.float32)" for x in ts.tiles(store)),
               "page, at = " + ts.page(side, "body", store.ring(side, "body"), "base")
               + ", base % 128",
-              *fmt.triton_writer(dim, shape.dtype, side, planes)]  # type: ignore[attr-defined]
+              *ts.writer(store, fmt, dim, shape.dtype, side, planes, width)]
+    if width < dim:
+        inner = ["whole = keep", f"for piece in range({dim // width}):",
+                 *ts.indent(["keep = whole", *inner])]
     return [*lines, "if base < end:", *ts.indent(inner)]
 
 
@@ -152,10 +172,10 @@ def _write(store: Store, shape: Shape, side: Side, tier: str, start: str, stop: 
     """Store the tier's tokens [start, stop); `which` number of the call's each of them is."""
     dim, fmt = shape.dims[SIDES.index(side)], store.format(side, tier)
     ring = store.ring(side, tier) if tier == "recent" else None
-    inner = [*_new(shape, side, which, "keep"),
+    inner = [*_new(store, shape, side, which, "keep"),
              "page, at = " + ts.page(side, tier, ring, "base") + ", base % 128",
-             *fmt.triton_writer(dim, shape.dtype, side,  # type: ignore[attr-defined]
-                                ts.names(store, side, tier, dim, shape.dtype))]
+             *ts.writer(store, fmt, dim, shape.dtype, side,
+                        ts.names(store, side, tier, dim, shape.dtype))]
     return [f"base = ({start} // N + tl.program_id(0)) * N", "index = base + tl.arange(0, N)",
             f"keep = (index >= {start}) & (index < {stop})", f"if base < {stop}:",
             *ts.indent(inner)]

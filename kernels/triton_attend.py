@@ -17,6 +17,7 @@ from kvcompile.kernels.triton_attend_shape import (
     Shape,
     Tile,
     rows,
+    shape_of,
     tile,
     turns,
     unsupported,
@@ -24,8 +25,8 @@ from kvcompile.kernels.triton_attend_shape import (
 )
 from kvcompile.store import Store
 
-__all__ = ["Shape", "Tile", "arguments", "name", "rows", "source", "tile", "turns", "unsupported",
-           "width"]
+__all__ = ["Shape", "Tile", "arguments", "name", "rows", "shape_of", "source", "tile", "turns",
+           "unsupported", "width"]
 
 
 def name(store: Store, shape: Shape, cut: Tile, what: str = "attend") -> str:

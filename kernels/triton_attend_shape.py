@@ -23,6 +23,14 @@ class Shape(NamedTuple):
     one: bool = True            # one query token a row
 
 
+def shape_of(store: Store, heads: int, q_heads: int, dims: tuple[int, int], dtype: torch.dtype,
+             scale: float, window: int = 0, softcap: float = 0.0, one: bool = True) -> Shape:
+    """The shape of a site's kernels. Where V is a part of K the sums have all channels of K: a tile
+    is decoded once for both, and the results' other channels are left out (`merge`)."""
+    dims = (dims[0], dims[0]) if store.v_in_k else dims
+    return Shape(heads, q_heads // heads, dims, dtype, scale, window, softcap, one)
+
+
 class Tile(NamedTuple):
     """How a kernel is cut: tokens and query tokens of a tile, warps of a program, stages."""
 
@@ -68,7 +76,7 @@ def unsupported(store: Store, shape: Shape) -> str | None:
 def turns(store: Store, side: Side, dim: int) -> int:
     """The block of channels by which a body wants queries, or outputs, turned; 0: it does not."""
     fmt = store.side(side).format
-    held = "body" in store.tiers(side)
+    held = "body" in store.tiers(ts.source_of(store, side))
     return int(fmt.turn_size(dim)) if held and hasattr(fmt, "turn_size") else 0
 
 

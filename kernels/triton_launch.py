@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.kernels import triton_append, triton_attend
-from kvcompile.kernels.triton_source import WIDEST, helpers, kernel, padded
+from kvcompile.kernels.triton_source import WIDEST, helpers, kernel, padded, parameters
 from kvcompile.store import Store
 
 SPLITS = 64      # parts of a head's tokens at most
@@ -28,8 +28,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Ten
     batch, hq, tokens, dk = q.shape
     heads, dv = k.shape[1], v.shape[3]
     parsed = Store.parse(store)
-    shape = triton_attend.Shape(heads, hq // heads, (dk, dv), q.dtype, scale, window, softcap,
-                                isinstance(tokens, int) and tokens == 1)
+    shape = triton_attend.shape_of(parsed, heads, hq, (dk, dv), q.dtype, scale, window, softcap,
+                                   _one(tokens))
+    v = k if parsed.v_in_k else v
     cut = triton_attend.tile(parsed, shape)
     splits = parts(batch, heads, q.device)
     numbers = numbered(valid)
@@ -40,7 +41,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Ten
     text = triton_attend.source(parsed, shape, cut)
     run = kernel(text, triton_attend.name(parsed, shape, cut))
     grid = (splits, batch * heads, -(-tokens // cut.queries))
-    given = [q, k, v, numbers, *planes, part, stats, slot,
+    given = [q, k, v, numbers, *_held(parsed, planes, shape.dims, q.dtype), part, stats, slot,
              *([member] if parsed.members > 1 else []), batch, tokens, splits,
              *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
              *(p.shape[3] for p in tables(parsed, planes, (dk, dv), q.dtype))]
@@ -51,8 +52,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Ten
     lse = q.new_empty((batch, hq, tokens), dtype=torch.float32)
     start(helpers()["merge"], (batch * hq * tokens,), dict(
         part=part, stats=stats, numbers=numbers, sinks=stats if sinks is None else sinks, out=o,
-        lse=lse, tokens=tokens, G=hq // heads, H=heads, DV=dv, DVP=padded(dv), WIDTH=width,
-        SPLITS=splits, TURN=triton_attend.turns(parsed, "v", dv), SINKS=sinks is not None,
+        lse=lse, tokens=tokens, G=hq // heads, H=heads, DV=shape.dims[1],
+        DVP=padded(shape.dims[1]), OUT=dv, WIDTH=width, SPLITS=splits,
+        TURN=triton_attend.turns(parsed, "v", shape.dims[1]), SINKS=sinks is not None,
         ABREAST=ABREAST), num_warps=1 if dv <= WIDEST // 2 else 2)
     places = parsed.places((dk, dv), q.dtype, [p.shape for p in planes]) + tokens if mass else 0
     weights = q.new_zeros((batch, heads, places), dtype=torch.float32)
@@ -71,36 +73,47 @@ def append(planes: list[Tensor], k: list[Tensor], v: list[Tensor], positions: Te
            valid: Tensor, *, store: str, slots: list[int]) -> None:
     """As kvc.append. Single tokens of all layers are stored at once, others layer by layer."""
     parsed, dims = Store.parse(store), (k[0].shape[3], v[0].shape[3])
-    batch, tokens = valid.shape
-    numbers, new = numbered(valid), valid.sum(1, dtype=torch.int32)
-    columns = numbers if _one(tokens) else torch.argsort(
-        valid.logical_not(), dim=1, stable=True).to(torch.int32)
+    batch, tokens, members = valid.shape[0], valid.shape[-1], parsed.members
+    lines = 1 if valid.dim() == 2 else valid.shape[1]  # or each head stores tokens of its own
+    new = valid.sum(-1, dtype=torch.int32)
+    columns = new - 1 if _one(tokens) else torch.argsort(
+        valid.logical_not(), dim=-1, stable=True).to(torch.int32)
     spec = triton_append.Shape(k[0].shape[1], dims, k[0].dtype)
     sizes = [p.shape[3] for p in tables(parsed, planes, dims, k[0].dtype)]
     together = len(slots) if _one(tokens) else 1
     for at, many in _neighbours(slots, together):
-        keys, values = (torch.stack(list(x[at : at + many])) if many > 1 else x[at][None]
+        own = slice(at * members, (at + many) * members)
+        keys, values = (torch.stack(list(x[own])) if many * members > 1 else x[at][None]
                         for x in (k, v))
         keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
         for phase in triton_append.PHASES:  # the first reads what the second may overwrite
             text = triton_append.source(parsed, spec, phase)
             if not text:
                 continue
-            grid = (triton_append.chunks(parsed, phase, tokens), batch * spec.heads * many, 2)
-            given = [keys, values, numbers, columns, new, *planes, slots[at], batch, tokens,
+            grid = (triton_append.chunks(parsed, phase, tokens), batch * spec.heads * many,
+                    len(parsed.sides))
+            given = [keys, values, columns, new,
+                     *_held(parsed, planes, dims, k[0].dtype), slots[at], batch, tokens, lines,
                      *keys.stride()[:4], *values.stride()[:4], *sizes]
             names = triton_append.arguments(parsed, spec)
             start(kernel(text, triton_append.name(parsed, spec, phase)), grid,
-                  dict(zip(names, given, strict=True)), num_warps=4)
+                  dict(zip(names, given, strict=True)),
+                  num_warps=triton_append.warps(parsed, spec, phase))
     for slot in slots:
-        planes[0].select(0, slot).add_(new.unsqueeze(1))
+        planes[0].select(0, slot).add_(new.unsqueeze(1) if new.dim() == 1 else new)
 
 
 def tables(store: Store, planes: Sequence[Tensor], dims: tuple[int, int], dtype: torch.dtype
            ) -> list[Tensor]:
-    """The page tables among a store's planes."""
-    return [p for spec, p in zip(store.planes(dims, dtype), planes, strict=True)
-            if spec.name.endswith(".table")]
+    """The page tables among a kernel's planes."""
+    return [p for name, p in zip(parameters(store, dims, dtype), planes, strict=False)
+            if name.endswith("_table")]
+
+
+def _held(store: Store, planes: Sequence[Tensor], dims: tuple[int, int], dtype: torch.dtype
+          ) -> Sequence[Tensor]:
+    """The planes that kernels read and write."""
+    return planes[: len(parameters(store, dims, dtype))]
 
 
 def numbered(valid: Tensor) -> Tensor:

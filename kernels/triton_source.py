@@ -3,17 +3,22 @@
 A format names what reads its pages by `triton(dim, dtype, side, planes)`, an expression that is the
 tile [N, DP] of the N tokens from `at` on of page `page` (`planes`: the names of the pointers to its
 planes; `keep` [N]: which tokens count), and what writes them by `triton_writer`, statements that
-store the tile `x` [N, DP] of fp32 numbers there. DP is `padded(dim)`. The functions that both may
-call lie in `kernels/triton/`.
+store the tile `x` [N, DP] of fp32 numbers there. Of layers that lie together `triton_member` reads
+one, and `triton_member_writer` stores the tiles `x0`, `x1`, ... N and DP are put in by the
+skeletons: DP is `padded(dim)`, or fewer channels where a format says with `triton_pieces` that they
+can be written by themselves. The functions that all may call lie in `kernels/triton/`.
 """
 
 import importlib
 import linecache
 import os
+import re
 from dataclasses import fields
 from functools import cache
 from hashlib import sha256
 from importlib.util import find_spec
+from math import lcm
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -23,10 +28,12 @@ from kvcompile.errors import RecipeError
 from kvcompile.format import Format, Side, term_of
 from kvcompile.store import SIDES, Store
 
-HELPERS = ("numbers", "coded", "wrapper", "softmax")
+FEW = 2048  # numbers of a tile that is encoded
+HELPERS = tuple(sorted(file.stem for file in (Path(__file__).parent / "triton").glob("*.py")))
 TRITON = {torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16", torch.float32: "tl.float32"}
 WIDEST = 256  # channels of a head
-UNDERSTOOD = ("k", "v", "sinks", "window", "members")  # of a Store; others are refused if set
+# fields of a Store; one that has others set is refused
+UNDERSTOOD = ("k", "v", "sinks", "window", "members", "v_in_k", "slots")
 HEAD = "import triton\nimport triton.language as tl\n"
 
 
@@ -49,36 +56,76 @@ def missing(store: Store, dims: tuple[int, int], dtype: torch.dtype, what: str) 
     """Why a tier has no Triton reader or writer, `what`; or None."""
     if dtype not in TRITON:
         return f"no kernel for {str(dtype).removeprefix('torch.')}"
-    if store.v_in_k:
-        return f"V is part of K, which has no Triton {what}"
     other = next((f.name for f in fields(store) if f.name not in UNDERSTOOD
                   and getattr(store, f.name) != f.default), None)
     if other:
         return f"no Triton {what} for a store with {other}"
-    if what == "writer" and store.members > 1:
-        return f"{store.members} layers that are stored together have no Triton writer"
-    for side, dim in zip(SIDES, dims, strict=True):
+    for side, dim in zip(store.sides, dims, strict=False):
         if dim % 4 or not 8 <= dim <= WIDEST:
             return f"head dimension {dim} is not a multiple of 4 from 8 to {WIDEST}"
         for *_, fmt, planes in tiers(store, dims, dtype, side):
             try:
-                if what == "reader":
-                    reader(store, fmt, dim, dtype, side, planes)
-                else:
-                    of(fmt, "triton_writer", what)(dim, dtype, side, planes)
+                (reader if what == "reader" else writer)(store, fmt, dim, dtype, side, planes)
             except RecipeError as error:
                 text = str(error)
                 return text if text.startswith("format ") else f"{term_of(fmt)}: {text}"
     return None
 
 
-def reader(store: Store, fmt: Format, dim: int, dtype: torch.dtype, side: Side, planes: list[str]
-           ) -> str:
+def reader(store: Store, fmt: Format, dim: int, dtype: torch.dtype, side: Side, planes: list[str],
+           width: int = 0) -> str:
     """The tile of one layer's `dim` channels; `member` says which of several that lie together."""
     if store.members == 1:
-        return str(of(fmt, "triton", "reader")(dim, dtype, side, planes))
-    return str(of(fmt, "triton_member", "reader of several layers")(
-        dim, store.members, dtype, side, planes))
+        text = of(fmt, "triton", "reader")(dim, dtype, side, planes)
+    else:
+        text = of(fmt, "triton_member", "reader of several layers")(
+            dim, store.members, dtype, side, planes)
+    return _wide(text, width or padded(dim))
+
+
+def writer(store: Store, fmt: Format, dim: int, dtype: torch.dtype, side: Side, planes: list[str],
+           width: int = 0) -> list[str]:
+    """Statements that store the `tiles` of the layers that lie together."""
+    if store.members == 1:
+        lines = of(fmt, "triton_writer", "writer")(dim, dtype, side, planes)
+    else:
+        lines = of(fmt, "triton_member_writer", "writer of several layers")(
+            dim, store.members, dtype, side, planes)
+    return [_wide(line, width or padded(dim)) for line in lines]
+
+
+def _wide(text: str, width: int) -> str:
+    return re.sub(r"\bDP\b", str(width), text)
+
+
+def piece(store: Store, dim: int, side: Side, tokens: int) -> int:
+    """Channels of a head that are encoded at a time: no more numbers than registers hold where
+    the format can store some by themselves; else all."""
+    most = max(32, FEW // tokens)
+    try:
+        units = [of(store.format(side, tier), "triton_pieces", "")(dim, side)[0]
+                 for tier in ("body", "recent")]
+    except RecipeError:
+        return padded(dim)
+    width = padded(lcm(*units))
+    while width * 2 <= most:
+        width *= 2
+    return padded(dim) if store.members > 1 or dim % width or width >= dim else width
+
+
+def moved(store: Store, fmt: Format, dim: int, side: Side, planes: list[str], width: int
+          ) -> list[str]:
+    """The pointers to a piece of `width` channels; `piece` is its number."""
+    if width >= dim:
+        return planes
+    many, each = fmt.triton_pieces(dim, side)  # type: ignore[attr-defined]
+    return [f"({name} + piece * {step * width // many})"
+            for name, step in zip(planes, each, strict=True)]
+
+
+def tiles(store: Store) -> list[str]:
+    """The names of what is written: a tile of each layer."""
+    return ["x"] if store.members == 1 else [f"x{i}" for i in range(store.members)]
 
 
 def names(store: Store, side: Side, tier: str, dim: int, dtype: torch.dtype) -> list[str]:
@@ -127,7 +174,8 @@ def tiers(store: Store, dims: tuple[int, int], dtype: torch.dtype, only: Side | 
 
 
 def parameters(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> list[str]:
-    """A kernel's parameters for a store's planes: the count, then tables and planes."""
+    """A kernel's parameters for a store's planes: the count, then tables and planes. What is known
+    of slots beside K and V follows them, and is no kernel's."""
     return ["count", *(name for side, tier, _, planes in tiers(store, dims, dtype)
                        for name in (f"{side}_{tier}_table", *planes))]
 
@@ -135,6 +183,11 @@ def parameters(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> list[
 def sizes(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> list[str]:
     """Parameters for the pages of a head that each table has room for."""
     return [f"{side}_{tier}_pages" for side, tier, *_ in tiers(store, dims, dtype)]
+
+
+def source_of(store: Store, side: Side) -> Side:
+    """Whose planes hold K, or V: V may be the first channels of K."""
+    return "k" if store.v_in_k else side
 
 
 def page(side: str, tier: str, ring: int | None, number: str) -> str:

@@ -90,8 +90,8 @@ def plan(store: Store, shape: Shape, cut: Tile) -> list[str]:
 
 def _read(store: Store, shape: Shape, side: Side, tier: str) -> tuple[list[str], str]:
     """Statements that find the page of the token `base`, and the tile of the tokens from it on."""
-    fmt, dim = store.format(side, tier), shape.dims[SIDES.index(side)]
-    planes = ts.names(store, side, tier, dim, shape.dtype)
+    dim, side = shape.dims[SIDES.index(side)], ts.source_of(store, side)
+    fmt, planes = store.format(side, tier), ts.names(store, side, tier, dim, shape.dtype)
     if tier == "body" and turns(store, side, dim):
         fmt = fmt.inner  # type: ignore[attr-defined]
     lines = ["page = " + ts.page(side, tier, None if tier == "sinks" else store.ring(side, tier),
@@ -137,10 +137,12 @@ def _weigh(store: Store, shape: Shape) -> list[str]:
 
 def bodies(store: Store, shape: Shape) -> list[str]:
     """The loop over tiles that lie wholly in the bodies of K and V."""
-    if any("body" not in store.tiers(side) for side in SIDES):
+    if any("body" not in store.tiers(side) for side in store.sides):
         return ["pure = 0"]
     k_page, keys = _read(store, shape, "k", "body")
     v_page, values = _read(store, shape, "v", "body")
+    if store.v_in_k:
+        k_page, keys, v_page, values = [*k_page, f"keys = {keys}"], "keys", [], "keys"
     lines = ["base = (begin + tile) * N", "index = base + tl.arange(0, N)",
              "keep = (index >= first) & (index < queued)", f"position = index + {store.sinks}",
              *k_page, f"s = {_logits(shape, keys, _query(store, shape))}", *_weigh(store, shape),
@@ -220,7 +222,7 @@ def _loop(first: str, lines: list[str], cut: Tile) -> list[str]:
 def _tests(store: Store, side: Side) -> list[tuple[str, str]]:
     """(where tokens lie, whether a tile has some there)."""
     found = [("own", "is_own")]
-    for tier in store.tiers(side):
+    for tier in store.tiers(ts.source_of(store, side)):
         if tier == "sinks":
             found.append((tier, "is_sink"))
         elif tier == "recent":

@@ -66,6 +66,8 @@ def fallbacks(program: Program) -> list[str]:
     for site in program.sites:
         for op in (ATTEND, APPEND):
             why = gpu.unsupported(op, site.store, site.heads, site.q_heads, site.dims, site.dtype)
+            if op is ATTEND and (site.rebuilt or site.rotated):
+                why = gpu.REBUILT
             if why and (op is ATTEND or site.owner is None):
                 name = op._schema.name.replace("::", ".")
                 found.setdefault(f"{name} runs its plain body: {why}", []).append(site.layer)
@@ -77,13 +79,16 @@ def kernels(program: Program, targets: Sequence[str]) -> Kernels:
     shapes = module("kernels", "triton_attend")
     alike: dict[tuple, list[int]] = {}
     for site in program.sites:
-        shape = shapes.Shape(site.heads, site.q_heads // site.heads, site.dims, site.dtype,
-                             site.dims[0] ** -0.5, site.window)
-        alike.setdefault((site.store, shape), []).append(site.layer)
+        shape = shapes.shape_of(site.store, site.heads, site.q_heads, site.dims, site.dtype,
+                                site.dims[0] ** -0.5, site.window)
+        rebuilt = site.rebuilt or site.rotated
+        alike.setdefault((site.store, shape, rebuilt), []).append(site.layer)
     rows, missing, sources = [], [], {}
-    for (store, shape), layers in alike.items():
+    for (store, shape, rebuilt), layers in alike.items():
         which = runs(layers).split(" ", 1)[1]
         found, reasons = offline.kernels(store, shape)
+        if rebuilt:
+            found, reasons = found[1:], [f"attend: {gpu.REBUILT}", *reasons]
         missing += [f"layers {which}: no kernel for kvc.{reason}" for reason in reasons]
         for one in found:
             sources[one.name] = one.text

@@ -104,14 +104,18 @@ def test_every_target(target):
 
 
 def test_what_has_no_kernel_says_why():
-    lowrank = Store.parse("store(k=lowrank)")
+    lowrank = Store.parse("store(k=lowrank, v=lowrank(block=64))")
     found, missing = offline.kernels(lowrank, shape_of())
-    assert len(found) == 1 and missing == ["append: format lowrank has no Triton writer"]
+    assert len(found) == 1 and missing == [
+        "append: lowrank: the Triton writer holds 8192 numbers of a block, not 128 x 128; use "
+        "block=64"]
+    merged = Store.parse("store(k=direction, k_block=128, v=direction, v_block=128, members=2)")
+    assert "power of two, not of 96" in triton_append.unsupported(merged, (96, 96), torch.float32)
     assert "512" in triton_attend.unsupported(Store.parse("store"), shape_of((512, 512)))
     assert "float64" in triton_attend.unsupported(Store.parse("store"),
                                                   shape_of(dtype=torch.float64))
-    with pytest.raises(KVCompileError, match="lowrank has no Triton writer"):
-        triton_source.of(formats()["lowrank"](), "triton_writer", "writer")
+    with pytest.raises(KVCompileError, match="int has no Triton writer of several layers"):
+        triton_source.of(formats()["int"](), "triton_member_writer", "writer of several layers")
 
 
 def test_a_store_that_is_not_understood_is_refused():
@@ -128,9 +132,13 @@ def test_a_store_that_is_not_understood_is_refused():
 
 @needs_triton
 def test_what_falls_back_on_a_gpu():
-    program = kvcompile.explain(plain("llama:2"), "gear(bits=2, block=64)").program
+    program = kvcompile.explain(plain("llama:2"), "palu").program
     assert kernel_table.fallbacks(program) == [
-        "layers 0-1 on a GPU: kvc.append runs its plain body: format lowrank has no Triton writer"]
+        "layers 0-1 on a GPU: kvc.attend runs its plain body: keys are rebuilt at read, for which "
+        "there is no Triton kernel"]
+    assert kernel_table.kernels(program, []).missing == [
+        "layers 0-1: no kernel for kvc.attend: keys are rebuilt at read, for which there is no "
+        "Triton kernel"]
     assert not kernel_table.fallbacks(program.lower("kivi(bits=4)"))
 
 

@@ -243,6 +243,15 @@ def dense_member(plane, member, page, at, keep, N: tl.constexpr, D: tl.constexpr
 
 
 @triton.jit
+def dense_member_store(plane, member, page, at, keep, x, N: tl.constexpr, D: tl.constexpr,
+                       DP: tl.constexpr, MEMBERS: tl.constexpr):
+    t = at + tl.arange(0, N)[:, None]
+    c = tl.arange(0, DP)[None, :]
+    where = plane + page * (128 * MEMBERS * D) + (t * MEMBERS + member) * D + c
+    tl.store(where, x.to(plane.dtype.element_ty), mask=keep[:, None] & (c < D))
+
+
+@triton.jit
 def own_tokens(x, stride, index, keep, D: tl.constexpr, DP: tl.constexpr):
     """Tokens `index` [N] of the call's own x."""
     c = tl.arange(0, DP)[None, :]

@@ -48,11 +48,12 @@ def weigh(s, m, l):
 
 @triton.jit
 def merge(part, stats, numbers, sinks, out, lse, tokens, G: tl.constexpr, H: tl.constexpr,
-          DV: tl.constexpr, DVP: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
-          TURN: tl.constexpr, SINKS: tl.constexpr, ABREAST: tl.constexpr):
+          DV: tl.constexpr, DVP: tl.constexpr, OUT: tl.constexpr, WIDTH: tl.constexpr,
+          SPLITS: tl.constexpr, TURN: tl.constexpr, SINKS: tl.constexpr, ABREAST: tl.constexpr):
     """One query head of one token: part [.., SPLITS, WIDTH] and stats [.., SPLITS, 2] -> out, lse.
 
-    Queries lie as [rows, heads, tokens, G]. With TURN the second DV numbers of a part are turned.
+    Queries lie as [rows, heads, tokens, G]. The first OUT of a part's DV numbers are the result;
+    with TURN its second DV are turned.
     """
     query = tl.program_id(0).to(tl.int64)
     g, token = query % G, query // G % tokens
@@ -88,8 +89,8 @@ def merge(part, stats, numbers, sinks, out, lse, tokens, G: tl.constexpr, H: tl.
         o += tl.reshape(turn(tl.reshape(turned, (1, DVP)), 1, DVP, TURN), (DVP,))
     seen = valid & (total > 0)
     o = tl.where(seen, o / tl.where(seen, total, 1.0), 0.0)
-    at = ((row * tokens + token) * (H * G) + head) * DV      # the heads of a token lie together
-    tl.store(out + at + c, o.to(out.dtype.element_ty), mask=c < DV)
+    at = ((row * tokens + token) * (H * G) + head) * OUT     # the heads of a token lie together
+    tl.store(out + at + c, o.to(out.dtype.element_ty), mask=c < OUT)
     to = (row * (H * G) + head) * tokens + token
     answer = (most + tl.log2(tl.where(seen, total, 1.0))) * 0.6931471805599453
     tl.store(lse + to, tl.where(seen, answer, -float("inf")))

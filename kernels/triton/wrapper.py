@@ -73,42 +73,6 @@ def scale_down(plane, page, at, keep, x, N: tl.constexpr, D: tl.constexpr, DP: t
     return tl.div_rn(x, tl.broadcast_to(scale[None, :], x.shape))
 
 
-@triton.jit
-def lowrank(x, a, b, page, at, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-            STEP: tl.constexpr, RANK: tl.constexpr):
-    """x + a b: in a page, a [128 / STEP][RANK][STEP] and b [128 / STEP][RANK][D]."""
-    ROWS: tl.constexpr = N // STEP if N > STEP else 1
-    t = at + tl.arange(0, N)
-    row = at // STEP + tl.arange(0, ROWS)[:, None]
-    c = tl.arange(0, DP)[None, :]
-    x = tl.reshape(x, (ROWS, N // ROWS, DP))
-    for r in tl.static_range(RANK):
-        left = tl.load(a + page * (128 * RANK) + (t // STEP * RANK + r) * STEP + t % STEP)
-        right = tl.load(b + page * (128 // STEP * RANK * D) + (row * RANK + r) * D + c,
-                        mask=c < D, other=0.0)
-        left = tl.reshape(left.to(tl.float32), (ROWS, N // ROWS, 1))
-        x += left * right.to(tl.float32)[:, None, :]
-    return tl.reshape(x, (N, DP))
-
-
-@triton.jit
-def direction(e, length, place, exact, member, page, at, keep, N: tl.constexpr, D: tl.constexpr,
-              DP: tl.constexpr, KEPT: tl.constexpr):
-    """e times the length of one of two vectors, but for KEPT tokens that are stored as they were.
-
-    In a page: length [2][128], place [KEPT], exact [2][KEPT][D].
-    """
-    t = at + tl.arange(0, N)
-    size = tl.load(length + page * 256 + member * 128 + t, mask=keep, other=0.0)
-    x = e * size.to(tl.float32)[:, None]
-    c = tl.arange(0, DP)
-    for r in tl.static_range(KEPT):
-        p = tl.load(place + page * KEPT + r).to(tl.int32)
-        row = tl.load(exact + ((page * 2 + member) * KEPT + r) * D + c, mask=c < D, other=0.0)
-        x = tl.where((t == p)[:, None], row.to(tl.float32)[None, :], x)
-    return x
-
-
 # Outliers. In a page: by channel [128 / GROUP][D][TAKEN], by token [D / GROUP][TAKEN][128].
 
 @triton.jit
@@ -184,14 +148,14 @@ def take_out(g, place, page, at, keep, AXIS: tl.constexpr, N: tl.constexpr, D: t
     index = tl.broadcast_to(index, g.shape)
     far = tl.abs(g - group_sum(g, AXIS, A, B, C) / GROUP)
     out = tl.zeros(g.shape, tl.int32)
-    for _ in tl.static_range(TAKEN):
+    for _ in range(TAKEN):
         far = tl.where(out != 0, -1.0, far)
         peak = tl.max(far, AXIS, keep_dims=True)
         best = tl.min(tl.where(far == peak, index, GROUP), AXIS, keep_dims=True)
         out = tl.where(index == best, 1, out)
     mean = group_sum(tl.where(out != 0, 0.0, g), AXIS, A, B, C) / (GROUP - TAKEN)
     left = out
-    for r in tl.static_range(TAKEN):  # in order of their places
+    for r in range(TAKEN):  # in order of their places
         first = tl.min(tl.where(left != 0, index, GROUP), AXIS, keep_dims=True)
         left = tl.where(index == first, 0, left)
         where, inside = outlier_place(at, r, N, D, DP, GROUP, TAKEN, CHANNEL)

@@ -16,6 +16,7 @@ from kvcompile.ir import APPEND, ATTEND, LIB, argument
 from kvcompile.kernels import eager, triton_append, triton_attend, triton_launch, triton_source
 from kvcompile.store import Store
 
+REBUILT = "keys are rebuilt at read, for which there is no Triton kernel"
 REBUILD = ("basis", "offset", "cos", "sin", "style")  # operands of keys that are rebuilt at read
 
 
@@ -26,7 +27,7 @@ def unsupported(op: Any, store: Store, heads: int, queries: int, dims: tuple[int
         return "no Triton: pip install triton"
     if op is APPEND:
         return triton_append.unsupported(store, dims, dtype)
-    shape = triton_attend.Shape(heads, queries // heads, dims, dtype, 1.0)
+    shape = triton_attend.shape_of(store, heads, queries, dims, dtype, 1.0)
     return triton_attend.unsupported(store, shape)
 
 
@@ -72,7 +73,7 @@ def _refused(node: Node) -> str | None:
     if keys is None or values is None:
         return "it was not traced"  # its CUDA body is launched as it is
     if not many and any(argument(node, name) is not None for name in REBUILD[:4]):
-        return "keys are rebuilt at read"
+        return REBUILT
     queries = keys.shape[1] if many else node.args[0].meta["val"].shape[1]  # type: ignore[union-attr]
     return unsupported(node.target, Store.parse(argument(node, "store")), int(keys.shape[1]),
                        int(queries), (int(keys.shape[3]), int(values.shape[3])), keys.dtype)

@@ -81,10 +81,11 @@ def kernels(store: Store, shape: triton_attend.Shape) -> tuple[list[Kernel], lis
         return found, [*reasons, f"append: {why}"]
     for phase in triton_append.PHASES:
         if text := triton_append.source(store, spec, phase):
-            given = {"k": own, "v": own, "numbers": "*i32", "columns": "*i32", "new": "*i32",
+            given = {"k": own, "v": own, "columns": "*i32", "new": "*i32",
                      **planes}
             types = {n: given.get(n, "i32") for n in triton_append.arguments(store, spec)}
-            found.append(Kernel(triton_append.name(store, spec, phase), text, types, {}))
+            found.append(Kernel(triton_append.name(store, spec, phase), text, types, {},
+                                triton_append.warps(store, spec, phase)))
     return found, reasons
 
 

@@ -17,9 +17,6 @@ if not installed():
 
 from triton_case import STORES, Case, stored_alike  # noqa: E402
 
-from kvcompile.kernels import triton_append  # noqa: E402
-from kvcompile.store import Store  # noqa: E402
-
 NARROW = "store(k=int(bits=2, axis=channel, group=16), v=int(bits=4, group=16), v_lag=20)"
 OPTIONS = {
     "softcap": dict(store=STORES["int8"], softcap=20.0, sinks=True, lengths=(0, 140)),
@@ -38,9 +35,12 @@ OPTIONS = {
     "fp16": dict(store=STORES["kivi2"], dtype=torch.float16, lengths=(150,)),
     "dims": dict(store=STORES["kivi2"], dims=(16, 64), lengths=(150,)),
     "odd-dims": dict(store=NARROW, dims=(80, 48), lengths=(70,)),
+    "latent": dict(store=STORES["latent"], dims=(48, 32), lengths=(0, 150), tokens=3, mass=True),
+    "latent-turned": dict(store=STORES["latent-turned"], dims=(64, 16), lengths=(3, 150)),
     "odd-dims-2": dict(store=STORES["gear"], dims=(96, 96), lengths=(140,)),
 }
-TWICE = {"kivi4", "int8", "clip", "nf4", "outliers", "nested", "centered"}  # parts of others' too
+TWICE = {"kivi4", "int8", "clip", "nf4", "outliers", "nested", "centered", "minicache",
+         "latent-turned"}  # parts of others' too
 
 
 @pytest.fixture(autouse=True)
@@ -63,9 +63,6 @@ def test_attend_with_options(name):
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in TWICE else n
                                   for n in STORES])
 def test_append_is_the_body_bit_for_bit(name):
-    if why := triton_append.unsupported(Store.parse(STORES[name]), (32, 32), torch.float32):
-        assert "lowrank" in why or "stored together" in why
-        return
     stored_alike(STORES[name])
 
 
@@ -75,8 +72,17 @@ def test_append_other_heads(dims, dtype):
     stored_alike(NARROW, (40, 1), dims, dtype, rows=2)
 
 
-def test_append_to_rows_of_two_layers():
-    stored_alike(STORES["kivi8"], (150, 1, 60), rows=2, slots=(0, 1))
+@pytest.mark.parametrize("name", ["kivi8", "minicache+kivi"])
+def test_append_to_rows_of_two_layers(name):
+    stored_alike(STORES[name], (171, 1, 60), rows=2, slots=(0, 1))
+
+
+def test_append_of_a_block_in_pieces():
+    stored_alike(STORES["outliers"], (90, 1), dims=(128, 96))
+
+
+def test_append_where_each_head_keeps_tokens_of_its_own():
+    stored_alike(STORES["slots"], heads=2, rows=2, own=True)
 
 
 @pytest.mark.slow

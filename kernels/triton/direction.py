@@ -1,0 +1,110 @@
+# mypy: ignore-errors
+"""Two vectors as a direction and two lengths (kernels/direction.py), read and written."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def direction(e, length, place, exact, member, page, at, keep, N: tl.constexpr, D: tl.constexpr,
+              DP: tl.constexpr, KEPT: tl.constexpr):
+    """e times the length of one of two vectors, but for KEPT tokens that are stored as they were.
+
+    In a page: length [2][128], place [KEPT], exact [2][KEPT][D].
+    """
+    t = at + tl.arange(0, N)
+    size = tl.load(length + page * 256 + member * 128 + t, mask=keep, other=0.0)
+    x = e * size.to(tl.float32)[:, None]
+    c = tl.arange(0, DP)
+    for r in tl.static_range(KEPT):
+        p = tl.load(place + page * KEPT + r).to(tl.int32)
+        row = tl.load(exact + ((page * 2 + member) * KEPT + r) * D + c, mask=c < D, other=0.0)
+        x = tl.where((t == p)[:, None], row.to(tl.float32)[None, :], x)
+    return x
+
+
+@triton.jit
+def across(x, N: tl.constexpr, DP: tl.constexpr):
+    """The sum over x's DP channels, half of them added to the other half: [N]."""
+    for step in tl.static_range(10):
+        if (DP >> step) > 1:
+            x = tl.sum(tl.reshape(x, (N, 2, DP >> (step + 1))), 1)
+    return tl.reshape(x, (N,))
+
+
+@triton.jit
+def sine(x):
+    """sin x of an fp64 |x| <= pi / 2, by its series: the error is less than 2e-17."""
+    y = x * x
+    s = tl.full(x.shape, 1.0, tl.float64)
+    for i in tl.static_range(11):
+        s = 1.0 - y * (1.0 / ((22 - 2 * i) * (23 - 2 * i))) * s
+    return x * s
+
+
+@triton.jit
+def cosine_of(x):
+    """cos x of an fp64 |x| <= pi / 2, by its series."""
+    y = x * x
+    s = tl.full(x.shape, 1.0, tl.float64)
+    for i in tl.static_range(12):
+        s = 1.0 - y * (1.0 / ((23 - 2 * i) * (24 - 2 * i))) * s
+    return s
+
+
+@triton.jit
+def between(cosine, T: tl.constexpr, FLAT: tl.constexpr):
+    """What two directions at an angle contribute to the one at T of the way between them.
+
+    The angle is pi / 2 + z, where sin z = -cosine; each step of the iteration cubes the error.
+    """
+    c = cosine.to(tl.float64)
+    s = tl.sqrt((1.0 - c) * (1.0 + c))
+    z = -c
+    for _ in tl.static_range(4):
+        z = z - s * sine(z) - c * cosine_of(z)
+    HALF: tl.constexpr = 1.5707963267948966
+    flat = cosine_of(z) < FLAT
+    safe = tl.where(flat, 1.0, cosine_of(z))
+    first = tl.where(flat, 1 - T, cosine_of((1 - T) * (z + HALF) - HALF) / safe)
+    second = tl.where(flat, T, cosine_of(T * (z + HALF) - HALF) / safe)
+    return first.to(tl.float32), second.to(tl.float32)
+
+
+@triton.jit
+def size_of(x, N: tl.constexpr, DP: tl.constexpr):
+    """The lengths of x's tokens [N]."""
+    return tl.sqrt(across(x * x, N, DP).to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def unit(x, size):
+    """x in units of its length."""
+    safe = tl.where(size == 0.0, 1.0, size)
+    return tl.div_rn(x, tl.broadcast_to(safe[:, None], x.shape))
+
+
+@triton.jit
+def direction_of(a, b, length, place, exact, page, keep, N: tl.constexpr, D: tl.constexpr,
+                 DP: tl.constexpr, KEPT: tl.constexpr, T: tl.constexpr, FLAT: tl.constexpr):
+    """Store the lengths of a and b [128, DP], and whole the KEPT tokens whose directions differ
+    most; the directions between them."""
+    t = tl.arange(0, N)
+    c = tl.arange(0, DP)[None, :]
+    first, second = size_of(a, N, DP), size_of(b, N, DP)
+    tl.store(length + page * 256 + t, first.to(tl.float16), mask=keep)
+    tl.store(length + page * 256 + 128 + t, second.to(tl.float16), mask=keep)
+    cosine = across(unit(a, first) * unit(b, second), N, DP)
+    cosine = tl.minimum(tl.maximum(cosine, -1.0), 1.0)
+    left = cosine
+    whole = tl.max(keep.to(tl.int32), 0) > 0
+    for r in range(KEPT):
+        p = tl.min(tl.where(left == tl.min(left, 0), t, N), 0)
+        left = tl.where(t == p, 2.0, left)
+        tl.store(place + page * KEPT + r, p.to(tl.uint8), mask=whole)
+        row = exact + (page * 2 * KEPT + r) * D + c + t[:, None] * 0
+        mine = (keep & (t == p))[:, None] & (c < D)
+        tl.store(row, a.to(exact.dtype.element_ty), mask=mine)
+        tl.store(row + KEPT * D, b.to(exact.dtype.element_ty), mask=mine)
+    u, v = between(cosine, T, FLAT)
+    return u[:, None] * unit(a, first) + v[:, None] * unit(b, second)
