@@ -173,11 +173,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Ten
            valid: Tensor, sinks: Tensor | None, *, scale: float, window: int = 0,
            softcap: float = 0.0, store: str, slot: int = 0, layer: int = 0, mass: bool = False,
            member: int = 0, basis: Tensor | None = None, offset: Tensor | None = None,
-           cos: Tensor | None = None, sin: Tensor | None = None, style: str = ""
-           ) -> tuple[Tensor, Tensor, Tensor]:
+           cos: Tensor | None = None, sin: Tensor | None = None, style: str = "",
+           at: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Attention over what is stored and, causally, over this call's exact tokens.
 
-    Of layers stored together it is the one of number `member` that attends.
+    Of layers stored together it is the one of number `member` that attends. `at` [2] are slot and
+    member where one graph serves several layers.
 
     Returns o [B, Hq, S, Dv], laid out token by token; the log-sum-exp of the logits [B, Hq, S] in
     fp32; and with `mass` [B, H, Store.places + S] in fp32, else [B, H, 0]: what the token of each
@@ -189,6 +190,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Ten
     """
     parsed, (batch, heads_, tokens, _) = Store.parse(store), k.shape
     dims = (k.shape[-1], v.shape[-1])
+    slot, member = (slot, member) if at is None else at.tolist()
     count, tiers = _tiers(parsed, planes, dims, k.dtype, [slot])
     group, rebuild = q.shape[1] // heads_, Rebuild(basis, offset, cos, sin, style)
     o = q.new_zeros(batch, tokens, q.shape[1], v.shape[-1]).transpose(1, 2)  # as attention's
@@ -200,8 +202,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Ten
         every = bool(keep.all())
         for heads, n in _runs(count[row]):
             queries = slice(heads.start * group, heads.stop * group)
-            new = [x[row, at] if every else x[row, at][:, keep]
-                   for x, at in ((q, queries), (k, heads), (v, heads))]
+            new = [x[row, part] if every else x[row, part][:, keep]
+                   for x, part in ((q, queries), (k, heads), (v, heads))]
             if new[0].shape[1] == 0:
                 continue
             old = [pages.stored(parsed, side, tiers[side], row, heads, n)

@@ -6,7 +6,7 @@ groups or wait before they are encoded, whole pages of the body leave and the la
 the page tables. Nothing is ever encoded again, and no memory is taken or freed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -47,6 +47,9 @@ class Heads:
         self.named[f"slots.all.{name}"][page, number % PAGE] = values
 
 
+Mover = Callable[[Heads, tuple[int, int], torch.dtype, Tensor], None]
+
+
 def heads_of(store: Store, dims: tuple[int, int], dtype: torch.dtype, planes: Sequence[Tensor],
              layers: slice) -> Heads:
     """The planes of neighbouring layers."""
@@ -65,6 +68,13 @@ def evict(planes: list[Tensor], mass: list[Tensor], k: list[Tensor], v: list[Ten
     the query heads of a kv head. A head that holds its limit + `every` tokens goes back to its
     limit, by score; of equals the older token goes. `k` and `v` are the call's.
     """
+    run(planes, mass, k, v, positions, valid, store=store, rules=rules, slots=slots, group=group)
+
+
+def run(planes: list[Tensor], mass: list[Tensor], k: list[Tensor], v: list[Tensor],
+        positions: Tensor, valid: Tensor, *, store: str, rules: list[str], slots: list[int],
+        group: int = 1, mover: Mover | None = None) -> None:
+    """As kvc.evict; `mover` moves tokens in place of `move`."""
     if not bool(valid.any()):
         return
     parsed, dims, dtype = Store.parse(store), (k[0].shape[-1], v[0].shape[-1]), k[0].dtype
@@ -77,7 +87,7 @@ def evict(planes: list[Tensor], mass: list[Tensor], k: list[Tensor], v: list[Ten
         heads = heads_of(parsed, dims, dtype, planes, layers)
         new = _note(heads, rule, seen, torch.stack([k[i] for i in own]), positions, valid, group)
         if new is not None:
-            drop(heads, rule, new, dims, dtype, k[0].shape[1])
+            drop(heads, rule, new, dims, dtype, k[0].shape[1], mover or move)
 
 
 def _note(heads: Heads, rule: Rule, mass: list[Tensor], k: Tensor, positions: Tensor,
@@ -122,7 +132,7 @@ def movable(store: Store) -> bool:
 
 
 def drop(heads: Heads, rule: Rule, newest: Tensor, dims: tuple[int, int], dtype: torch.dtype,
-         kv: int) -> None:
+         kv: int, mover: Mover) -> None:
     """Drop what heads hold beyond their limits; `newest` [N]: the position of their last token."""
     score, position = heads.slots("score"), heads.slots("position")
     held = torch.arange(score.shape[1], device=score.device) < heads.count[:, None]
@@ -141,7 +151,7 @@ def drop(heads: Heads, rule: Rule, newest: Tensor, dims: tuple[int, int], dtype:
     if hasattr(rule.budgeter, "below"):
         over = rule.budgeter.below(score)
     if movable(heads.store):
-        _tokens(heads, rule, score, position, over, dims, dtype)
+        _tokens(heads, rule, score, position, over, dims, dtype, mover)
     else:
         _pages(heads, score, over)
 
@@ -159,7 +169,7 @@ def _keys(heads: Heads, dims: tuple[int, int], dtype: torch.dtype, slots: int) -
 
 
 def _tokens(heads: Heads, rule: Rule, score: Tensor, position: Tensor, over: Tensor,
-            dims: tuple[int, int], dtype: torch.dtype) -> None:
+            dims: tuple[int, int], dtype: torch.dtype, mover: Mover) -> None:
     """The last tokens take the places of those that are dropped."""
     over = torch.where(over >= rule.every, over, 0).minimum(score.isfinite().sum(1))
     most, at = int(over.max()), torch.arange(score.shape[1], device=score.device)
@@ -174,8 +184,18 @@ def _tokens(heads: Heads, rule: Rule, score: Tensor, position: Tensor, over: Ten
         order = order.gather(1, score.gather(1, order).argsort(dim=-1, stable=True))
         gone = torch.zeros_like(score, dtype=torch.bool).scatter(1, order, at < over[:, None])
     left = (heads.count - over)[:, None]
-    hole = (gone & (at < left)).nonzero(as_tuple=True)
-    tail = (~gone & (at >= left) & (at < heads.count[:, None])).nonzero(as_tuple=True)
+    hole, tail = gone & (at < left), ~gone & (at >= left) & (at < heads.count[:, None])
+    ordered = torch.where(tail, at, LAST).sort(dim=-1).values       # the first hole: the first tail
+    sources = ordered.gather(1, (hole.cumsum(1) - 1).clamp_min(0))
+    mover(heads, dims, dtype, torch.where(hole, sources, -1).int())
+    heads.count.sub_(over.int())
+
+
+def move(heads: Heads, dims: tuple[int, int], dtype: torch.dtype, sources: Tensor) -> None:
+    """Tokens that are stored by themselves change their places: `sources` [N, slots] is the number
+    of the one that comes to each place, -1: none."""
+    hole = (sources >= 0).nonzero(as_tuple=True)
+    tail = (hole[0], sources[hole].long())
     for spec, pool in ((s, heads.named[s.name]) for s in heads.store.planes(dims, dtype)):
         tier = spec.name.rpartition(".")[0]
         if not spec.shape:
@@ -190,7 +210,6 @@ def _tokens(heads: Heads, rule: Rule, score: Tensor, position: Tensor, over: Ten
                 source[0], source[1] // lanes, source[1] % lanes]
         else:
             pool[to] = pool[source]
-    heads.count.sub_(over.int())
 
 
 def _pages(heads: Heads, score: Tensor, over: Tensor) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompile.kernels import triton_append, triton_attend
+from kvcompile.kernels import triton_append, triton_attend, triton_evict
 from kvcompile.kernels.triton_source import WIDEST, helpers, kernel, padded, parameters
 from kvcompile.store import Store
 
@@ -101,6 +101,18 @@ def append(planes: list[Tensor], k: list[Tensor], v: list[Tensor], positions: Te
                   num_warps=triton_append.warps(parsed, spec, phase))
     for slot in slots:
         planes[0].select(0, slot).add_(new.unsqueeze(1) if new.dim() == 1 else new)
+
+
+def move(heads: Any, dims: tuple[int, int], dtype: torch.dtype, sources: Tensor) -> None:
+    """As kernels.evict.move: tokens take the places of those that were dropped."""
+    store, (rows, slots) = heads.store, sources.shape
+    given = [sources.contiguous(), slots]
+    for table, planes in triton_evict.tables(store, dims, dtype).items():
+        given += [heads.named[table], heads.named[table].shape[1],
+                  *(heads.named[plane] for plane in planes)]
+    run = kernel(triton_evict.source(store, dims, dtype), triton_evict.name(store, dims, dtype))
+    names = triton_evict.arguments(store, dims, dtype)
+    start(run, (rows, -(-slots // triton_evict.TOKENS)), dict(zip(names, given, strict=True)))
 
 
 def tables(store: Store, planes: Sequence[Tensor], dims: tuple[int, int], dtype: torch.dtype

@@ -8,6 +8,7 @@
     kvc.linear     linears of one input, read as one
     kvc.score      how much each token of a prompt matters, by the layer's rule
     kvc.keep       K and V of the tokens that rules keep, gathered head by head
+    kvc.prune      K without the channels that a head drops of its older tokens
     kvc.evict      note what a step attended to, and drop tokens of heads that hold too many
 
 Two more serve models that fill a KVCache by their own code. They take a handle of the cache, so
@@ -55,6 +56,8 @@ LIB.define(
     "Tensor valid, Tensor hints, Tensor? angles, *, str[] rules, str style='half') -> "
     "(Tensor[], Tensor[], Tensor[], Tensor[])"
 )
+LIB.define("prune(Tensor q, Tensor k, Tensor positions, Tensor valid, Tensor hints, *, str rule) "
+           "-> Tensor")
 LIB.define(
     "evict(Tensor(a!)[] planes, Tensor[] mass, Tensor[] k, Tensor[] v, Tensor positions, "
     "Tensor valid, *, str store, str[] rules, int[] slots, int group=1) -> ()"
@@ -68,7 +71,8 @@ LIB.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor[] planes, Tensor positions, Tensor valid, "
     "Tensor? sinks, *, float scale, int window=0, float softcap=0.0, str store, int slot=0, "
     "int layer=0, bool mass=False, int member=0, Tensor? basis=None, Tensor? offset=None, "
-    "Tensor? cos=None, Tensor? sin=None, str style='') -> (Tensor, Tensor, Tensor)"
+    "Tensor? cos=None, Tensor? sin=None, str style='', Tensor? at=None) -> "
+    "(Tensor, Tensor, Tensor)"
 )
 LIB.define("storable(Tensor[] k, Tensor[] v, float[] k_limits, float[] v_limits) -> Tensor")
 LIB.define(
@@ -92,6 +96,7 @@ DECODE = torch.ops.kvc.decode.default
 LINEAR = torch.ops.kvc.linear.default
 SCORE = torch.ops.kvc.score.default
 KEEP = torch.ops.kvc.keep.default
+PRUNE = torch.ops.kvc.prune.default
 EVICT = torch.ops.kvc.evict.default
 OPS = (ATTENTION, ROPE, APPEND, ATTEND, STORABLE)
 
@@ -119,6 +124,7 @@ def _(planes, k, v, positions, valid, *, store, slots):  # type: ignore[no-untyp
 def _(  # type: ignore[no-untyped-def]
     q, k, v, planes, positions, valid, sinks, *, scale, window=0, softcap=0.0, store, slot=0,
     layer=0, mass=False, member=0, basis=None, offset=None, cos=None, sin=None, style="",
+    at=None,
 ):
     o = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
     dims, (batch, heads) = (k.shape[-1], v.shape[-1]), k.shape[:2]

@@ -16,6 +16,8 @@ from kvcompile.program import Program
 from kvcompile.registry import module
 from kvcompile.show import as_text
 
+EVICTS = ("kvc.evict waits for the device to learn which heads are full, so that no CUDA graph "
+          "holds the step")
 COLUMNS = ("registers", "spills", "local", "shared", "code_load", "mma")
 
 
@@ -71,6 +73,8 @@ def fallbacks(program: Program) -> list[str]:
             if why and (op is ATTEND or site.owner is None):
                 name = op._schema.name.replace("::", ".")
                 found.setdefault(f"{name} runs its plain body: {why}", []).append(site.layer)
+        if site.rule and site.store.slots and site.leads:
+            found.setdefault(EVICTS, []).append(site.layer)
     return [f"{runs(layers)} on a GPU: {why}" for why, layers in found.items()]
 
 

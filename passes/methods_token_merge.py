@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvcompile.method import Axes, Method, Param
+from kvcompile.passes.entries import chosen, keep, term
 from kvcompile.passes.methods_heads import scorer, wrapped
-from kvcompile.passes.methods_select import chosen, keep, term
 from kvcompile.recipe import Term
 
 

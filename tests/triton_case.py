@@ -3,7 +3,7 @@
 import torch
 
 from kvcompile.ir import APPEND, ATTEND
-from kvcompile.kernels import triton_attend, triton_launch
+from kvcompile.kernels import evict, triton_attend, triton_launch
 from kvcompile.kernels.triton_source import interpreted
 from kvcompile.planes import Group
 from kvcompile.site import Site
@@ -47,6 +47,10 @@ STORES = {  # what the recipes make, and the corners of the formats
     "minicache": "store(k=direction(kept=3), k_block=128, v=direction(of=int(bits=4)), v_block=128,"
                  " members=2)",
 }
+
+MOVED = ("store(slots=true)", "store(k=int, v=int(bits=2), slots=true)",
+         "store(k=nf4, v=hadamard(of=int(bits=4, symmetric=true)), slots=true)",
+         "store(k=fp8, v=outliers(of=int(bits=4), fraction=0.1), slots=true)")
 
 STORES |= with_reader("triton", STORES.values())
 
@@ -169,6 +173,33 @@ def stored_alike(store, steps=(171, 1, 7), dims=(32, 32), dtype=torch.float32, h
                      for x in (body.planes, [p.cpu() for p in ours]))
         each = body.planes[i].float().abs().mT @ body.planes[i + 1].float().abs()
         assert (want - got).abs().max() <= 2.0**-9 * each.max() and want.any()
+
+
+def moved_alike(store, dims=(32, 32), dtype=torch.bfloat16, device="cpu"):
+    """Tokens of some heads move to places of others, by the body and by the kernel; bits."""
+    parsed, slots = Store.parse(store), 256
+    g = torch.Generator().manual_seed(2)
+    group = Group([Site(0, 4, 2, dims, dtype, 0, parsed)] * 2, 2, torch.device("cpu"))
+    group.reserve([slots] * 2)
+    for plane, spec in zip(group.planes, group.specs, strict=True):
+        if spec.shape:
+            raw = plane.view(torch.uint8)
+            raw.copy_(torch.randint(0, 256, raw.shape, generator=g, dtype=torch.uint8))
+    sources = torch.full((2 * 2, slots), -1, dtype=torch.int32)
+    for row in sources[1:]:                                        # nothing moves in the first
+        many = int(torch.randint(1, 40, (), generator=g))
+        order = torch.randperm(slots, generator=g)
+        row[order[:many]] = order[many : 2 * many].int()
+    ours = [p.to(device) if device != "cpu" else p.clone() for p in group.planes]
+    before = [p.clone() for p in group.planes]
+    evict.move(evict.heads_of(parsed, dims, dtype, group.planes, slice(1, 2)), dims, dtype, sources)
+    triton_launch.move(evict.heads_of(parsed, dims, dtype, ours, slice(1, 2)), dims, dtype,
+                       sources.to(device))
+    changed = 0
+    for spec, want, got, old in zip(group.specs, group.planes, ours, before, strict=True):
+        assert torch.equal(want.view(torch.uint8), got.cpu().view(torch.uint8)), spec.name
+        changed += not torch.equal(want.view(torch.uint8), old.view(torch.uint8))
+    assert changed == sum(bool(spec.shape) for spec in group.specs)
 
 
 def _to(x, device):

@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from kvcompile.ir import APPEND, ATTEND, LIB, argument
-from kvcompile.kernels import eager, triton_append, triton_attend, triton_launch, triton_source
+from kvcompile.kernels import (
+    eager,
+    evict,
+    triton_append,
+    triton_attend,
+    triton_launch,
+    triton_source,
+)
 from kvcompile.store import Store
 
 REBUILT = "keys are rebuilt at read, for which there is no Triton kernel"
@@ -52,8 +59,16 @@ def _append(planes: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], 
     run(list(planes), list(k), list(v), positions, valid, store=store, slots=list(slots))
 
 
+def _evict(planes: Sequence[Tensor], mass: Sequence[Tensor], k: Sequence[Tensor],
+           v: Sequence[Tensor], positions: Tensor, valid: Tensor, **options: Any) -> None:
+    """Which tokens leave is told by torch's ops; a kernel moves the others."""
+    mover = triton_launch.move if triton_source.installed() else None
+    evict.run(list(planes), list(mass), list(k), list(v), positions, valid, mover=mover, **options)
+
+
 LIB.impl("attend", _attend, "CUDA")
 LIB.impl("append", _append, "CUDA")
+LIB.impl("evict", _evict, "CUDA")
 
 
 def lower(gm: GraphModule, device: torch.device) -> None:

@@ -37,6 +37,7 @@ from torch.fx.experimental.symbolic_shapes import (
 
 import kvcompile.backend.kernels  # noqa: F401  # what ops are lowered to
 from kvcompile.backend import gpu
+from kvcompile.backend.regions import outline
 from kvcompile.backend.template import cache_key
 from kvcompile.errors import KVCompileError
 from kvcompile.ir import INLINED
@@ -53,6 +54,7 @@ def compile_graph(gm: GraphModule, inputs: Sequence[Tensor],
     gpu.lower(gm, inputs[0].device)
     if all(x.device.type == "cpu" for x in inputs):
         Thread(target=pick_vec_isa).start()  # meanwhile the graph is traced
+        outline(gm)
     env = ShapeEnv(duck_shape=True)
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     fakes = []

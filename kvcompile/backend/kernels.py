@@ -12,6 +12,7 @@ from kvcompile.backend.template import (
     kernel,
     last_contiguous,
     lowering,
+    part,
     permute,
     threads,
     to_dtype,
@@ -56,7 +57,8 @@ def attention(q: Any, k: Any, v: Any, positions: Any, valid: Any, sinks: Any, *,
 def attend(q: Any, k: Any, v: Any, planes: list[Any], positions: Any, valid: Any, sinks: Any, *,
            scale: float, window: int = 0, softcap: float = 0.0, store: str, slot: int = 0,
            layer: int = 0, mass: bool = False, member: int = 0, basis: Any = None,
-           offset: Any = None, cos: Any = None, sin: Any = None, style: str = "") -> Any:
+           offset: Any = None, cos: Any = None, sin: Any = None, style: str = "",
+           at: Any = None) -> Any:
     """Over what is stored, where the log-sum-exp is not asked for, and mass of one query only."""
     batch, heads, tokens, _ = q.get_size()
     if _used(1) or basis is not None or cos is not None:  # no kernel rebuilds keys
@@ -64,11 +66,11 @@ def attend(q: Any, k: Any, v: Any, planes: list[Any], positions: Any, valid: Any
     parsed = Store.parse(store)
     shape = _shape(q, k, v, scale, window, softcap, sinks)._replace(mass=mass)
     if not _equal(tokens, 1):
-        o = None if mass else _many(shape, q, k, v, planes, valid, sinks, parsed, slot, member)
+        o = None if mass else _many(shape, q, k, v, planes, valid, sinks, parsed, slot, member, at)
         return o and (o, o, o)
     if q.get_device().type != "cpu" or cpp_attend.unsupported(parsed, shape):
         return None
-    inputs = _inputs(q, k, v, planes, valid, sinks, parsed, slot, member)
+    inputs = _inputs(q, k, v, planes, valid, sinks, parsed, slot, member, at)
     text = [*cpp_attend.headers(), cpp_attend.config(parsed, shape, threads())]
     statements = cpp_attend.statements(parsed, shape, threads())
     size = [batch, heads, tokens, v.get_size()[3]]
@@ -83,14 +85,14 @@ def attend(q: Any, k: Any, v: Any, planes: list[Any], positions: Any, valid: Any
 
 
 def _many(shape: cpp_attend.Shape, q: Any, k: Any, v: Any, planes: list[Any], valid: Any,
-          sinks: Any, store: Store, slot: int = 0, member: int = 0) -> Any:
+          sinks: Any, store: Store, slot: int = 0, member: int = 0, at: Any = None) -> Any:
     """Attention of many queries, laid out token by token; None where there is no kernel."""
     if q.get_device().type != "cpu" or cpp_attend.unsupported(store, shape):
         return None
     batch, heads, tokens, _ = q.get_size()
     o = kernel([*cpp_blockwise.headers(), cpp_attend.config(store, shape, threads())],
                cpp_blockwise.statements(store, shape, threads()),
-               _inputs(q, k, v, planes, valid, sinks, store, slot, member),
+               _inputs(q, k, v, planes, valid, sinks, store, slot, member, at),
                [batch, tokens, heads, v.get_size()[3]], q.get_dtype())
     return permute(o, [0, 2, 1, 3])
 
@@ -103,13 +105,13 @@ def _shape(q: Any, k: Any, v: Any, scale: float, window: int, softcap: float, si
 
 
 def _inputs(q: Any, k: Any, v: Any, planes: list[Any], valid: Any, sinks: Any, store: Store,
-            slot: int, member: int) -> dict[str, Any]:
+            slot: int, member: int, at: Any) -> dict[str, Any]:
     inputs = {"q": last_contiguous(q), "k": last_contiguous(k), "v": last_contiguous(v),
               "valid": contiguous(valid)}
     if planes:
-        inputs["slot"] = constant(slot)
+        inputs["slot"] = constant(slot) if at is None else part(at, 0)
     if store.members > 1:
-        inputs["member"] = constant(member)
+        inputs["member"] = constant(member) if at is None else part(at, 1)
     inputs |= {f"plane{i}": plane for i, plane in enumerate(planes)}
     if sinks is not None:
         inputs["sinks"] = to_dtype(contiguous(sinks), torch.float32)

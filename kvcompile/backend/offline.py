@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from kvcompile.errors import KVCompileError, nearest
-from kvcompile.kernels import triton_append, triton_attend
+from kvcompile.kernels import triton_append, triton_attend, triton_evict
 from kvcompile.kernels.triton_source import helpers, installed, kernel
 from kvcompile.store import Store
 
@@ -86,6 +86,11 @@ def kernels(store: Store, shape: triton_attend.Shape) -> tuple[list[Kernel], lis
             types = {n: given.get(n, "i32") for n in triton_append.arguments(store, spec)}
             found.append(Kernel(triton_append.name(store, spec, phase), text, types, {},
                                 triton_append.warps(store, spec, phase)))
+    if not triton_evict.unsupported(store):
+        args = store, shape.dims, shape.dtype
+        given = {"sources": "*i32", **planes}
+        types = {n: given.get(n, "i32") for n in triton_evict.arguments(*args)}
+        found.append(Kernel(triton_evict.name(*args), triton_evict.source(*args), types, {}))
     return found, reasons
 
 

@@ -112,6 +112,11 @@ def empty(size: Sequence[Any], dtype: torch.dtype) -> Any:
     return full
 
 
+def part(node: Any, index: int) -> Any:
+    """The element `index` of a tensor [N], a view [1]."""
+    return lowerings.slice_(node, 0, index, index + 1)
+
+
 def permute(node: Any, dims: Sequence[int]) -> Any:
     """A view with its dims in this order."""
     return lowerings.permute(node, dims)

@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from torch.nn.attention.flex_attention import flex_attention  # noqa: E402
-from triton_case import STORES, Case, stored_alike  # noqa: E402
+from triton_case import MOVED, STORES, Case, moved_alike, stored_alike  # noqa: E402
 
 from kvcompile.backend.inductor import compile_graph  # noqa: E402
 from kvcompile.ir import APPEND, ATTEND  # noqa: E402
@@ -45,6 +45,11 @@ def test_attend_with_options(options):
 @pytest.mark.parametrize("name", sorted(STORES.keys() - ROUNDED))
 def test_append_is_the_body(name):
     stored_alike(STORES[name], (150, 1, 60), rows=2, slots=(0, 1), device=CUDA)
+
+
+@pytest.mark.parametrize("store", MOVED)
+def test_compaction_is_the_body(store):
+    moved_alike(store, device=CUDA)
 
 
 def filled(tokens, rows, heads=8, dim=128, layers=1):

@@ -15,7 +15,7 @@ if not interpreted():
 if not installed():
     pytest.skip("no Triton: pip install triton", allow_module_level=True)
 
-from triton_case import STORES, Case, stored_alike  # noqa: E402
+from triton_case import MOVED, STORES, Case, moved_alike, stored_alike  # noqa: E402
 
 NARROW = "store(k=int(bits=2, axis=channel, group=16), v=int(bits=4, group=16), v_lag=20)"
 OPTIONS = {
@@ -83,6 +83,11 @@ def test_append_of_a_block_in_pieces():
 
 def test_append_where_each_head_keeps_tokens_of_its_own():
     stored_alike(STORES["slots"], heads=2, rows=2, own=True)
+
+
+@pytest.mark.parametrize("store", MOVED)
+def test_compaction_is_the_body_bit_for_bit(store):
+    moved_alike(store)
 
 
 @pytest.mark.slow
