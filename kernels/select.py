@@ -1,4 +1,4 @@
-"""The bodies of kvc.score and kvc.keep: which tokens of a prompt are stored."""
+"""The bodies of kvc.score, kvc.prune and kvc.keep: what is stored of a prompt."""
 
 from collections.abc import Iterator, Sequence
 
@@ -40,6 +40,22 @@ def score(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor, hin
         scores[row][:, own] = parsed.scorer.prompt(x).float()
         measures[row] = parsed.budgeter.measure(x)
     return scores, measures
+
+
+@body("prune")
+def prune(q: Tensor, k: Tensor, positions: Tensor, valid: Tensor, hints: Tensor, *, rule: str
+          ) -> Tensor:
+    """K [B, H, S, Dk] with zeros in the channels that a row's head drops, but for its newest tokens
+    (and columns that only look). `hints` as kvc.score's."""
+    parsed, out = Rule.parse(rule), k.clone()
+    for row, _, own in _rows(valid, int(hints[0])):
+        if not len(own):
+            continue
+        x = Prompt(q[row][:, own], k[row][:, own], k[row][:, own], positions[row, own], 1.0,
+                   tokens=len(own), layer=parsed.layer, layers=parsed.layers)
+        older = own[: max(0, len(own) - parsed.pruner.recent)]
+        out[row][:, older] = k[row][:, older] * parsed.pruner.prompt(x)[:, None]
+    return out
 
 
 def _angles(angles: Tensor | None, row: int, columns: Tensor) -> Tensor | None:

@@ -80,7 +80,8 @@ class Engine:
         """Say once that a budget was larger than a prompt."""
         every = int(sum((at >= 0).sum() for _, _, at, _ in kept))
         given = sum(s.heads for s in self.sites if s.rule) * sum(cache.new)
-        if every == given and not self.warned and not all(r.every for r in self.rules):
+        if every == given and not self.warned and not all(
+                r.every or r.channels for r in self.rules):
             self.warned = True
             log.warning("%s: the prompt (%d tokens) is within the budget, and all of it is kept",
                         cache.recipe, max(cache.new))

@@ -8,6 +8,7 @@
     kvc.linear     linears of one input, read as one
     kvc.score      how much each token of a prompt matters, by the layer's rule
     kvc.keep       K and V of the tokens that rules keep, gathered head by head
+    kvc.prune      K without the channels that a head drops of its older tokens
     kvc.evict      note what a step attended to, and drop tokens of heads that hold too many
 
 Two more serve models that fill a KVCache by their own code. They take a handle of the cache, so
@@ -55,6 +56,8 @@ LIB.define(
     "Tensor valid, Tensor hints, Tensor? angles, *, str[] rules, str style='half') -> "
     "(Tensor[], Tensor[], Tensor[], Tensor[])"
 )
+LIB.define("prune(Tensor q, Tensor k, Tensor positions, Tensor valid, Tensor hints, *, str rule) "
+           "-> Tensor")
 LIB.define(
     "evict(Tensor(a!)[] planes, Tensor[] mass, Tensor[] k, Tensor[] v, Tensor positions, "
     "Tensor valid, *, str store, str[] rules, int[] slots, int group=1) -> ()"
@@ -93,6 +96,7 @@ DECODE = torch.ops.kvc.decode.default
 LINEAR = torch.ops.kvc.linear.default
 SCORE = torch.ops.kvc.score.default
 KEEP = torch.ops.kvc.keep.default
+PRUNE = torch.ops.kvc.prune.default
 EVICT = torch.ops.kvc.evict.default
 OPS = (ATTENTION, ROPE, APPEND, ATTEND, STORABLE)
 

@@ -6,6 +6,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvcompile.errors import KVCompileError
 
@@ -68,11 +69,12 @@ class Prompt:
         at = torch.arange(n, device=keys.device)
         for first in range(start, stop, CHUNK):
             last = min(first + CHUNK, stop)
-            logits = self.queries[:, :, first:last] @ keys[:, None].transpose(-1, -2) * self.scale
+            seen = keys[:, None, :last].transpose(-1, -2)
+            logits = self.queries[:, :, first:last] @ seen * self.scale
             if self.softcap:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
-            later = at > at[first:last, None]
-            yield logits.masked_fill(later, -torch.inf).softmax(-1)
+            later = at[:last] > at[first:last, None]
+            yield pad(logits.masked_fill(later, -torch.inf).softmax(-1), (0, n - last))
 
     @cached_property
     def rates(self) -> Tensor:

@@ -1,12 +1,12 @@
-"""Which tokens a layer keeps, as data: one value per axis, each found by name in a registry.
+"""What a layer keeps of its tokens, as data: one value per axis, each found by name in a registry.
 
     rule(score=window(window=64), budget=uniform(ratio=0.25), sinks=4, recent=0.5, every=1, ...)
 
 A scorer gives every token of every kv head a number, higher is kept longer. A budget turns scores
-into numbers of tokens, per head. A merge says what becomes of what is not kept. They are frozen
-dataclasses in `SCORERS`, `BUDGETS` and `MERGES` of the modules in `passes/`, or in other packages
-behind the entry points `kvcompile.scorers`, `.budgets` and `.merges`; their fields are their
-options.
+into numbers of tokens, per head. A merge says what becomes of what is not kept; channels are what
+a head keeps of its keys. They are frozen dataclasses in `SCORERS`, `BUDGETS`, `MERGES` and
+`CHANNELS` of the modules in `passes/`, or in other packages behind the entry points
+`kvcompile.scorers`, `.budgets`, `.merges` and `.channels`; their fields are their options.
 """
 
 from __future__ import annotations
@@ -68,6 +68,17 @@ class Merge(Protocol):
         ...
 
 
+class Channels(Protocol):
+    """Which channels of K a head stores of a prompt, but of the newest `recent` tokens all."""
+
+    name: ClassVar[str]
+    recent: int
+
+    def prompt(self, x: Prompt) -> Tensor:
+        """bool [H, Dk]."""
+        ...
+
+
 class Around:
     """Mixin of scorers around a scorer: they need what `of` needs, and its window stays."""
 
@@ -98,15 +109,17 @@ class Rule:
     merge      what becomes of the others; None: they are dropped
     positions  original, or rerotated: kept keys are turned to lie side by side before the prompt's
                end
+    channels   of K that are stored; None: all of them
     """
 
-    score: Term
-    budget: Term
+    score: Term = Term("recency")
+    budget: Term = Term("uniform")
     sinks: int = 0
     recent: int | float = 0
     every: int = 0
     merge: Term | None = None
     positions: str = "original"
+    channels: Term | None = None
     layer: int = 0
     layers: int = 1
 
@@ -115,7 +128,7 @@ class Rule:
     def parse(text: str) -> Rule:
         """The rule that `text` spells; `Rule.parse(str(r)) == r`."""
         given: dict[str, Any] = dict(parse_term(text).args)
-        for name in ("score", "budget", "merge"):
+        for name in ("score", "budget", "merge", "channels"):
             if isinstance(given.get(name), str):
                 given[name] = Term(given[name])
         return Rule(**given)
@@ -137,6 +150,10 @@ class Rule:
     @cached_property
     def merger(self) -> Any:
         return None if self.merge is None else named("merge", self.merge)
+
+    @cached_property
+    def pruner(self) -> Any:
+        return None if self.channels is None else named("channel", self.channels)
 
     @property
     def needs(self) -> set[str]:
@@ -163,7 +180,7 @@ class Rule:
 
 @cache
 def known(kind: str) -> dict[str, Any]:
-    """name -> class of what the axis `kind` (scorer, budget, merge) may be."""
+    """name -> class of what the axis `kind` (scorer, budget, merge, channel) may be."""
     found = plugins("passes", f"{kind.upper()}S", f"kvcompile.{kind}s")
     every = [c for loaded in found for c in (loaded if isinstance(loaded, tuple) else (loaded,))]
     return {c.name: c for c in every}
@@ -171,7 +188,7 @@ def known(kind: str) -> dict[str, Any]:
 
 @cache
 def named(kind: str, term: Term | str) -> Any:
-    """The scorer, budget or merge that `term` spells."""
+    """The scorer, budget, merge or choice of channels that `term` spells."""
     term, table = Term(term) if isinstance(term, str) else term, known(kind)
     if term.name not in table:
         raise RecipeError(f"unknown {kind} {term.name!r}{nearest(term.name, table)}; known: "

@@ -4,13 +4,16 @@ import operator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
 from kvcompile.beside import output_weight, rotary
-from kvcompile.ir import KEEP, SCORE, argument
+from kvcompile.ir import KEEP, PRUNE, SCORE, argument
 from kvcompile.rule import Rule
 from kvcompile.site import Site
 from kvcompile.store import SIDES
+
+aten = torch.ops.aten
 
 
 class Chosen:
@@ -20,6 +23,7 @@ class Chosen:
     def __init__(self, graph: Graph) -> None:
         self.graph, self.found = graph, dict[int, list[Node]]()
         self.waiting: dict[str, list[tuple[Site, Node, Node]]] = {}
+        self.pruned = dict[Node, Node]()
         last = [n for n in graph.nodes if n.op == "placeholder"][-1]
         with graph.inserting_after(last):
             self.hints = graph.placeholder("hints")
@@ -31,6 +35,10 @@ class Chosen:
         given = [argument(node, n) for n in ("q", "k", "v", "positions", "valid")]
         both = self._call(SCORE, *given, self.hints, weight, angles, rule=site.rule,
                      scale=argument(node, "scale"), softcap=argument(node, "softcap"), style=style)
+        if rule.channels:
+            q, k, _, positions, valid = given
+            self.pruned[node] = self._call(PRUNE, q, k, positions, valid, self.hints,
+                                           rule=site.rule)
         if rule.budgeter.across:
             key = str(replace(rule, layer=0, budget=rule.budgeter.name))
             self.waiting.setdefault(key, []).append((site, node, both))
@@ -42,12 +50,20 @@ class Chosen:
         scores, measures = ([self._call(operator.getitem, both, i) for *_, both in layers]
                             for i in (0, 1))
         k, v = ([argument(node, side) for _, node, _ in layers] for side in SIDES)
+        k = [self.pruned.get(node, x) for (_, node, _), x in zip(layers, k, strict=True)]
         every = self._call(KEEP, scores, measures, k, v, argument(first, "positions"),
                       argument(first, "valid"), self.hints, angles,
                       rules=[site.rule for site, *_ in layers], style=style)
         parts = [self._call(operator.getitem, every, i) for i in range(4)]
         for i, (site, *_) in enumerate(layers):
             self.found[site.layer] = [self._call(operator.getitem, p, i) for p in parts]
+
+    def stored(self, valid: Node) -> Node:
+        """`valid` without the columns behind the prompt, which no layer stores."""
+        ones = self._call(aten.ones_like.default, valid, dtype=torch.long)
+        left = self._call(aten.flip.default, self._call(aten.cumsum.default, ones, 1), [1])
+        prompt = self._call(aten.gt.Tensor, left, self._call(aten.select.int, self.hints, 0, 0))
+        return self._call(aten.bitwise_and.Tensor, valid, prompt)
 
     def kept(self) -> list[list[Node]]:
         """K, V, columns and scores of each layer with a rule, in order."""

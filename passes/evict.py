@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE, term_of
 from kvcompile.ir import argument, attention_nodes
+from kvcompile.passes.select import said
 from kvcompile.plan import LayerPlan
 from kvcompile.rewrite import Outcome, Rewritten
 from kvcompile.rule import Rule
@@ -33,12 +34,12 @@ class Evict:
         for index, node in enumerate(attention_nodes(gm.graph)):
             rule = Rule.parse(argument(node, "rule")) if argument(node, "rule") else None
             if rule and argument(node, "members"):
-                raise RecipeError(f"{plan[index].origin['keep.score']}: layer {index} is stored "
+                raise RecipeError(f"{said(plan[index])}: layer {index} is stored "
                                   "together with another, which would keep other tokens")
             if not rule or not rule.every:
                 continue
             store = Store.parse(argument(node, "store"))
-            how = _how(node, rule, store, plan[index].origin["keep.score"])
+            how = _how(node, rule, store, said(plan[index]))
             node.kwargs = cast(Any, {**node.kwargs, "store": str(replace(store, slots=True))})
             outcomes.append(Rewritten(index, how))
         return outcomes

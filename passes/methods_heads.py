@@ -9,7 +9,7 @@ import torch
 
 from kvcompile.errors import RecipeError
 from kvcompile.method import Axes, Method, Param, find_method
-from kvcompile.passes.methods_select import PROTECT, WINDOW, chosen, keep, sized, term, window
+from kvcompile.passes.entries import PROTECT, WINDOW, chosen, keep, sized, term, window
 from kvcompile.recipe import Term
 
 if TYPE_CHECKING:

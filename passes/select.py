@@ -27,27 +27,28 @@ class Select:
     Layers with an attention window of their own keep no more than it shows (`Store.of`).
 
     The axes `keep.*` are the fields of a `Rule`: scores decide which of a prompt's tokens are
-    stored, head by head, and with `keep.every` which stay while decoding. Layers with a window of
+    stored, head by head, and with `keep.every` which stay while decoding; `keep.channels` which
+    channels of its keys are. Layers with a window of
     their own are left as they are.
     """
 
     name: ClassVar[str] = "select"
     order: ClassVar[int] = 50
     axes: ClassVar[tuple[str, ...]] = ("sinks", "window", *(KEEP + name for name in (
-        "score", "budget", "sinks", "recent", "every", "merge", "positions")))
+        "score", "budget", "sinks", "recent", "every", "merge", "positions", "channels")))
 
     def run(self, gm: GraphModule, plan: Sequence[LayerPlan]) -> list[Outcome]:
         outcomes: list[Outcome] = []
         nodes = attention_nodes(gm.graph)
         shared = owners(nodes)
-        ruled = [i for i, own in enumerate(plan) if own.get(KEEP + "score") and i not in shared
+        ruled = [i for i, own in enumerate(plan) if said(own) and i not in shared
                  and not any(argument(nodes[i], n) for n in ("window", "basis", "cos"))]
         for index, node in enumerate(nodes):
             axes = {a: v for a, v in plan[index].values.items() if a in self.axes}
-            if KEEP + "score" in axes and index in shared:
+            if said(plan[index]) and index in shared:
                 outcomes.append(Rewritten(index, f"as layer {shared[index]}"))
                 continue
-            if KEEP + "score" in axes:
+            if said(plan[index]):
                 outcomes.append(_rule(node, axes, index, ruled, plan[index]))
                 continue
             kept = Store.of(axes, argument(node, "window"))
@@ -62,10 +63,16 @@ class Select:
         return outcomes
 
 
+def said(own: LayerPlan) -> Term | None:
+    """The term that gives a layer a rule."""
+    return own.origin.get(KEEP + "score") or own.origin.get(KEEP + "channels")
+
+
 def _rule(node: Node, axes: Mapping[str, Any], index: int, ruled: list[int], own: LayerPlan
           ) -> Outcome:
     """Give a layer its rule, numbered among the layers that have one."""
-    term = own.origin[KEEP + "score"]
+    term = said(own)
+    assert term
     if "window" in axes:
         raise RecipeError(f"'{own.origin['window'].name}' and '{term.name}' both say which tokens "
                           "stay; give them different layers=")
@@ -79,12 +86,18 @@ def _rule(node: Node, axes: Mapping[str, Any], index: int, ruled: list[int], own
         return Refused(index, f"the layer keeps its own window of {window} tokens", node.name)
     rule = rule_of(axes, ruled.index(index), len(ruled))
     assert rule.scorer and rule.budgeter  # names and options are checked here
+    if rule.pruner and (rule.positions != "original" or rule.merge):
+        what = "turned" if rule.positions != "original" else "merged"
+        raise RecipeError(f"{own.origin[KEEP + 'channels']}: layer {index}: kept keys are {what} "
+                          f"by {term.name}, which fills channels that are dropped")
     missing = _missing(node, rule)
     if missing:
         raise RecipeError(f"{term}: layer {index}: {missing}")
     node.kwargs = cast(Any, {**node.kwargs, "rule": str(rule)})
     drops = "" if not rule.every else ", and while decoding"
-    return Rewritten(index, f"tokens by {rule.score}, {rule.budget}{drops}")
+    tokens = f"tokens by {rule.score}, {rule.budget}{drops}" if KEEP + "score" in axes else ""
+    channels = f"channels of K by {rule.channels}" if rule.channels else ""
+    return Rewritten(index, "; ".join(filter(None, (tokens, channels))))
 
 
 def rule_of(axes: Mapping[str, Any], layer: int, layers: int) -> Rule:

@@ -225,4 +225,45 @@ template <class Inner, int D, Axis AXIS, int GROUP, int N> struct OutliersV : Sp
     }
 };
 
+// LEFT channels of every step of STEP tokens.
+template <class Inner, int D, int LEFT, int STEP> struct Channels {
+    static constexpr int planes = Inner::planes + 2;
+    Inner inner;
+    const int16_t* place;
+    Channels(const void* const* plane, long page)
+        : inner(plane, page), place((const int16_t*)plane[Inner::planes] + page * (PAGE / STEP * LEFT)) {}
+
+    template <int R, bool ROUGH> void logits(const float* const* q, const float* peaks, int first, int last, float (*out)[PAGE]) const {
+        each_step<STEP>(first, last, [&](int step, int from, int to) {
+            alignas(64) float taken[R][LEFT];
+            const float* x[R];
+            float most[R];
+            for (int r = 0; r < R; r++) {
+                x[r] = taken[r];
+                for (int c = 0; c < LEFT; c++) taken[r][c] = q[r][place[step * LEFT + c]];
+                most[r] = largest_of(taken[r], LEFT);
+            }
+            inner.template logits<R, ROUGH>(x, most, from, to, out);
+        });
+    }
+
+    template <int R, bool ROUGH> void add(const float (*p)[PAGE], const float* share, int first, int last, float (*o)[D]) const {
+        each_step<STEP>(first, last, [&](int step, int from, int to) {
+            alignas(64) float part[R][LEFT] = {};
+            inner.template add<R, ROUGH>(p, share, from, to, part);
+            for (int r = 0; r < R; r++)
+                for (int c = 0; c < LEFT; c++) o[r][place[step * LEFT + c]] += part[r][c];
+        });
+    }
+
+    void rows(int first, int last, float (*out)[D]) const {
+        alignas(64) float part[PAGE][LEFT];
+        inner.rows(first, last, part);
+        for (int t = first * 16; t < last * 16; t++) {
+            std::memset(out[t], 0, sizeof(out[t]));
+            for (int c = 0; c < LEFT; c++) out[t][place[t / STEP * LEFT + c]] = part[t][c];
+        }
+    }
+};
+
 }  // namespace kvc

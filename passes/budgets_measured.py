@@ -1,0 +1,119 @@
+"""Budgets of layers by what their attention is like."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvcompile.passes.budgets import UNBOUNDED, Sized, size
+from kvcompile.prompt import Prompt
+
+
+@dataclass(frozen=True)
+class Lazy(Sized):
+    """SimLayerKV: a layer is lazy if its last `queries` give more than `above` to the first `sinks`
+    and the newest `recent` tokens; it keeps just these, other layers everything."""
+
+    sinks: int = 4
+    recent: int = 1024
+    above: float = 0.9
+    queries: int = 1
+    name: ClassVar[str] = "lazy"
+
+    def measure(self, x: Prompt) -> float:
+        mass = [w[..., : self.sinks].sum(-1) + w[..., max(self.sinks, x.tokens - self.recent):
+                                                 x.tokens].sum(-1)
+                for w in x.weights(x.tokens - min(self.queries, x.tokens), x.tokens)]
+        return float(torch.cat(mass, -1).mean() > self.above)
+
+    def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
+        return [[min(s.shape[1], self.sinks + self.recent) if m else s.shape[1]] * len(s)
+                for s, m in zip(scores, measures, strict=True)]
+
+    def most(self, tokens: int, heads: int) -> tuple[int, int]:
+        return tokens, heads * tokens
+
+    def limit(self, counts: Sequence[int], tokens: int) -> list[int]:
+        least = self.sinks + self.recent
+        return [least if n <= least < tokens else UNBOUNDED for n in counts]
+
+
+@dataclass(frozen=True)
+class Cake(Sized):
+    """CAKE: layers share their budgets as P_l = H^(1 / t1) V^(1 / t2).
+
+    Over the last `window` queries' weights on the tokens before them, mean over the heads: H is the
+    entropy of their mean, V the sum over tokens of their variance.
+    """
+
+    window: int = 32
+    t1: float = 1.0
+    t2: float = 1.0
+    name: ClassVar[str] = "cake"
+    across: ClassVar[bool] = True
+
+    def measure(self, x: Prompt) -> float:
+        first = x.tokens - min(self.window, x.tokens)
+        if not first:
+            return 1.0
+        w = torch.cat([w[..., :first] for w in x.weights(first, x.tokens)], 2).mean((0, 1))
+        mean = w.mean(0)
+        entropy = -(mean * mean.clamp(min=1e-10).log()).sum()
+        return float(entropy ** (1 / self.t1) * w.var(0, correction=0).sum() ** (1 / self.t2))
+
+    def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
+        tokens = scores[0].shape[1]
+        return [[n] * len(s) for n, s in zip(
+            shares(measures, size(self.tokens, self.ratio, tokens), self.window, tokens), scores,
+            strict=True)]
+
+    def most(self, tokens: int, heads: int) -> tuple[int, int]:
+        return tokens, heads * size(self.tokens, self.ratio, tokens)
+
+
+@dataclass(frozen=True)
+class Dense(Sized):
+    """D2O: layers share their budgets by how evenly they attend: exp(-variance of the weight that
+    tokens receive, relative to the layers' mean)."""
+
+    name: ClassVar[str] = "dense"
+    across: ClassVar[bool] = True
+
+    def measure(self, x: Prompt) -> float:
+        total = torch.zeros(x.k.shape[1], device=x.k.device)
+        for w in x.weights(0, x.tokens):
+            total += w.sum(2).mean((0, 1))
+        return float(total[: x.tokens].var(correction=0))
+
+    def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
+        tokens, mean = scores[0].shape[1], sum(measures) / len(measures) or 1.0
+        evenness = torch.exp(-torch.tensor(measures) / mean).tolist()
+        return [[n] * len(s) for n, s in zip(
+            shares(evenness, size(self.tokens, self.ratio, tokens), 0, tokens), scores,
+            strict=True)]
+
+    def most(self, tokens: int, heads: int) -> tuple[int, int]:
+        return tokens, heads * size(self.tokens, self.ratio, tokens)
+
+
+def shares(weights: Sequence[float], mean: int, least: int, most: int) -> list[int]:
+    """`mean` * len(weights) tokens in proportion, `least` to each first, `most` at most.
+
+    What some cannot take is given to the others in the same proportion.
+    """
+    least, out = min(least, mean), [0] * len(weights)
+    spare, still = (mean - least) * len(weights), {*range(len(weights))}
+    while still:
+        total = sum(weights[i] for i in still)
+        each = {i: int(spare * (weights[i] / total if total else 1 / len(still))) for i in still}
+        full = {i for i in still if least + each[i] >= most}
+        for i in full or still:
+            out[i] = min(most, least + each[i])
+        spare -= sum(most - least for _ in full)
+        still = still - full if full else set()
+    return out
+
+
+BUDGETS = (Lazy, Cake, Dense)

@@ -1,0 +1,206 @@
+"""The table of docs/selection.md: what SmolLM2 still knows of 4,000 tokens of which some are kept.
+
+    python tests/selection_table.py out.jsonl [--examples N] [--ratios 0.5 0.25] [recipe ...]
+
+A recipe may hold {ratio}. The prompts are those of `kvcompile eval --needles`; as every method
+attends to the exact prompt, each is run once, and its q, K and V are given to all. Perplexity is of
+the prose that follows a context, 64 tokens in one call, or 8 where tokens are evicted while
+decoding. Of an answer the share of its digits counts that are likeliest after those before them,
+because this model seldom gets all five right at this length. One line of JSON a row, as soon as it
+is known; what OUT holds already is not run again. `--print` prints the table.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import math
+import operator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+from torch.nn.functional import cross_entropy
+
+import kvcompile
+from kvcompile.ir import SCORE, argument, attention_nodes
+from kvcompile.models.smollm2 import smollm2, topics_ids
+from kvcompile.prose import prose
+from kvcompile.recall import example
+from kvcompile.rule import Rule
+
+TOKENS, SCORED = 4000, 65
+BLIND = ("random", "knorm", "keydiff", "expected_attention", "lagkv", "qfilters",
+         "streamingllm-slots")  # do not look at the last queries: the same whether they ask
+RECIPES = (
+    "random(ratio={ratio})", "snapkv(ratio={ratio})",
+    "streamingllm-slots(ratio={ratio}, positions=original)", "tova(ratio={ratio})",
+    "knorm(ratio={ratio})", "keydiff(ratio={ratio})", "adakv(ratio={ratio})",
+    "expected_attention(ratio={ratio})", "criticalkv(ratio={ratio})", "pyramidkv(ratio={ratio})",
+    "chunkkv(ratio={ratio})", "finch(ratio={ratio})", "lagkv(ratio={ratio})", "r-kv(ratio={ratio})",
+    "streamingllm-slots(ratio={ratio})", "think(drop=0.5)", "think(drop=0.5)+snapkv(ratio={ratio})",
+    "h2o(ratio={ratio})", "cake(ratio={ratio})", "scissorhands(ratio={ratio})",
+    "finch(ratio={ratio}, positions=original)", "qfilters(ratio={ratio})",
+    "duoattention(full={ratio})", "d2o(ratio={ratio})", "cam(ratio={ratio})")
+
+
+class Text:
+    """One prompt, its question and answer, the prose that follows it, and what attention saw."""
+
+    def __init__(self, model: Any, tokenizer: Any, keys: int, seed: int) -> None:
+        e = example(model, tokenizer, TOKENS, keys, seed)
+        self.keys, self.context, self.question = keys, e.context, e.question
+        self.answer = torch.tensor([tokenizer(" " + e.answer, add_special_tokens=False).input_ids])
+        self.digits = len(e.answer)
+        self.follows = prose(model, tokenizer, SCORED, 1000 * seed + TOKENS)
+        self.seen: list[tuple[torch.Tensor, ...]] = []
+        alone = model.kvcompile.engine.alone
+        alone.attention = lambda q, k, v, *a, **o: (
+            self.seen.append((q, k, v)), type(alone).attention(alone, q, k, v, *a, **o))[1]
+        self.ids = torch.cat([self.context, self.question], 1)
+        model.kvcompile.engine._graphs.clear()
+        self.exact = model(self.ids, use_cache=True, logits_to_keep=1).past_key_values
+        self.scores: dict[tuple, Any] = {}
+
+    def tokens(self, aware: bool) -> int:
+        """Tokens of the prompt that is compressed."""
+        return self.ids.shape[1] - 1 if aware else self.context.shape[1]
+
+    def compressed(self, model: Any, aware: bool) -> Any:
+        """The cache that `model` would make of the prompt."""
+        tokens = self.tokens(aware)
+        if not model.kvcompile.engine.rules:
+            cache = copy.deepcopy(self.exact)
+            cache.crop(tokens)
+            return cache
+        positions = torch.arange(tokens)[None]
+        valid = torch.ones(1, tokens, dtype=torch.bool)
+        cache = model.kvcompile.new_cache()
+        cache.begin(valid, positions)
+        question = self.question.shape[1] - 1 if aware else 0
+        kept = self._kept(model.kvcompile.program.phases["prefill"], positions, valid,
+                          torch.tensor([0, question]))
+        cache.store(kept, model.kvcompile.engine.alone.append, tokens)
+        cache.commit(tokens)
+        return cache
+
+    def _kept(self, gm: Any, positions: torch.Tensor, valid: torch.Tensor, hints: torch.Tensor
+              ) -> Any:
+        """The graph's last output, from the q, K and V that attention is known to see."""
+        tokens, known = positions.shape[1], dict[Node, Any]()
+        holders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        known |= dict(zip(holders[:3], (self.ids[:, :tokens], positions, valid), strict=True))
+        known[holders[-1]] = hints
+        for node, seen in zip(attention_nodes(gm.graph), self.seen, strict=True):
+            known |= {argument(node, n): x[:, :, :tokens] for n, x in
+                      zip("qkv", seen, strict=True)}
+
+        def value(node: Node) -> Any:
+            if node not in known:
+                known[node] = compute(node)
+            return known[node]
+
+        def compute(node: Node) -> Any:
+            if node.op == "get_attr":
+                return operator.attrgetter(str(node.target))(gm)
+            args, kwargs = map_arg((node.args, dict(node.kwargs)), value)
+            if node.target is not SCORE:
+                return node.target(*args, **kwargs)
+            rule = Rule.parse(kwargs["rule"])
+            key = (str(rule.score), rule.budget.name, rule.layer, int(hints[1]))
+            if key not in self.scores:
+                self.scores[key] = node.target(*args, **kwargs)
+            return tuple(x.clone() for x in self.scores[key])
+
+        return map_arg(gm.graph.output_node().args[0][-1], value)
+
+
+@torch.no_grad()
+def logits(model: Any, cache: Any, ids: torch.Tensor, step: int) -> torch.Tensor:
+    """[S, V] of `ids` [1, S] on a copy of `cache`, `step` tokens a call."""
+    own = copy.deepcopy(cache)
+    own.owner = model.kvcompile.owner
+    return torch.cat([model(part, past_key_values=own, use_cache=True).logits[0]
+                      for part in ids.split(step, 1)])
+
+
+def row(model: Any, recipe: str, ratio: float | None, texts: list[Text]) -> dict[str, Any]:
+    """What is known of a recipe: shares of digits, nats per token, bytes as a share."""
+    out: dict[str, Any] = {"recipe": recipe, "ratio": ratio}
+    step = 8 if any(rule.every for rule in model.kvcompile.engine.rules) else SCORED
+    blind = recipe.partition("(")[0] in BLIND
+    losses, nbytes, share = [], [], []
+    right: dict[tuple[int, bool], list[float]] = {}
+    for text in texts:
+        for aware in (False,) if blind else (False, True):
+            cache = text.compressed(model, aware)
+            if not aware:
+                nbytes.append(cache.nbytes)
+                share.append(cache.nbytes / text.exact.nbytes)
+                got = logits(model, cache, text.follows[:, :-1], step)
+                losses.append(float(cross_entropy(got.float(), text.follows[0, 1:])))
+            ask = torch.cat([text.ids[:, text.tokens(aware):], text.answer], 1)
+            said = logits(model, cache, ask[:, :-1], ask.shape[1]).argmax(-1)
+            fine = (said == ask[0, 1:])[-text.digits:].float().mean()
+            right.setdefault((text.keys, aware), []).append(float(fine))
+    out |= {"texts": len(texts), "nbytes": sum(nbytes) // len(nbytes),
+            "share": sum(share) / len(share), "perplexity": math.exp(sum(losses) / len(losses))}
+    for (keys, aware), fine in right.items():
+        kind = f"{'needle' if keys > 1 else 'passkey'}.{'aware' if aware else 'agnostic'}"
+        out[kind] = sum(fine) / len(fine)
+    return out
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    head = ("recipe", "KV bytes", "of full", "perplexity", "passkey", "needle", "passkey, asked",
+            "needle, asked")
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * 7 + "|"]
+    for r in rows:
+        right = [r.get(f"{kind}.{how}") for how in ("agnostic", "aware")
+                 for kind in ("passkey", "needle")]
+        lines.append(" | ".join((
+            f"| `{r['recipe']}`", f"{r['nbytes']:,}", f"{r['share']:.0%}", f"{r['perplexity']:.2f}",
+            *("as blind" if x is None else f"{x:.0%}" for x in right))) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("recipes", nargs="*", default=RECIPES)
+    parser.add_argument("--examples", type=int, default=4, help="of passkeys, and of needles")
+    parser.add_argument("--ratios", type=float, nargs="*", default=(0.5, 0.25, 0.1))
+    parser.add_argument("--print", action="store_true")
+    given = parser.parse_intermixed_args()
+    if given.print:
+        print(table([json.loads(line) for line in given.out.read_text().splitlines()]))
+        return
+    model, tokenizer = smollm2(torch.float32)
+    exact = kvcompile.optimize(model, "full")
+    texts = [Text(exact, tokenizer, keys, seed) for seed in range(given.examples)
+             for keys in (1, 4)]
+    calibration = topics_ids(tokenizer, 2 * 512, 100_000).view(2, 512)
+    done = {json.loads(line)["recipe"] for line in given.out.read_text().splitlines()} if (
+        given.out.exists()) else set()
+
+    def note(recipe: str, ratio: float | None) -> None:
+        if recipe in done:
+            return
+        ours = kvcompile.optimize(exact, recipe, compile=False, calibration=calibration)
+        with given.out.open("a") as file:
+            file.write(json.dumps(row(ours, recipe, ratio, texts)) + "\n")
+
+    note("full", None)
+    for recipe in given.recipes:
+        for text in texts:
+            text.scores.clear()
+        for ratio in given.ratios if "{ratio}" in recipe else (None,):
+            note(recipe.replace("{ratio}", str(ratio)), ratio)
+            gc.collect()
+
+
+if __name__ == "__main__":
+    main()
