@@ -30,7 +30,7 @@ def proc(field: str) -> int:
 
 
 def measure(recipe: str, name: str, tokens: int, repeats: int) -> dict[str, float]:
-    """Seconds (median), bytes at the peak of the first, and the cache's, of prefills of some tokens."""
+    """Seconds (median), bytes at the first peak, and the cache's, of prefills of some tokens."""
     base = smollm2()[0] if name == "smollm2" else tiny(
         "llama", num_hidden_layers=12, head_dim=64, num_key_value_heads=4, hidden_size=256)
     model = kvcompile.optimize(base, recipe)
