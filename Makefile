@@ -21,10 +21,11 @@ test test-all: compiler lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
 		$(if $(filter test,$@),-m "not slow") $(ARGS)
 
-# the laws on many examples, new ones each time (docs/laws.md); failures print what repeats them
+# the laws on new examples for an hour (docs/laws.md); ARGS="--minutes 300"
 laws-deep: compiler $(INSTALLED)
-	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n 2 --maxfail=20 \
-		tests/test_laws.py tests/test_registered.py tests/test_cache.py tests/test_plugin.py $(ARGS)
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -p no:xdist --minutes 60 \
+		tests/test_cache.py tests/test_cache_rules.py tests/test_laws.py tests/test_registered.py \
+		tests/test_plugin.py $(ARGS)
 
 # faults planted in a copy of the code, and the property tests that catch them
 mutants: compiler $(INSTALLED)

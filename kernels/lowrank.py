@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvcompile.errors import RecipeError
 from kvcompile.format import Planes, Side, StepPlane
+from kvcompile.kernels.int_group import F16_MAX
 from kvcompile.kernels.wrapper import Wrapper
 from kvcompile.recipe import Term
 
@@ -50,7 +51,7 @@ class Lowrank(Wrapper):
         for _ in range(STEPS):
             basis = torch.linalg.qr(error.mT @ (error @ basis)).Q      # [..., dim, rank]
         b = basis.mT.to(torch.float16)
-        a = (error @ basis).mT.to(torch.float16)
+        a = (error @ basis).mT.clamp(-F16_MAX, F16_MAX).to(torch.float16)
         return {**self.join(inside, dim, side), "a": a, "b": b}
 
     def decode(self, planes: dict[str, Tensor], dim: int, dtype: torch.dtype,
@@ -61,6 +62,9 @@ class Lowrank(Wrapper):
     def error_bound(self, planes: dict[str, Tensor], dim: int, side: Side) -> Tensor:
         inside = self.inner.error_bound(self.split(planes, dim, side), dim, side)
         return inside + self._product(planes).abs()  # the correction shrinks the error on average
+
+    def limit(self, dtype: torch.dtype) -> float:
+        return min(self.inner.limit(dtype), 2.0**20)  # encode needs fourth powers of errors
 
     def _product(self, planes: dict[str, Tensor]) -> Tensor:
         return (planes["a"].float().mT @ planes["b"].float()).flatten(-3, -2)

@@ -10,6 +10,7 @@ from torch import Tensor
 from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE, Planes, Side, StepPlane
 from kvcompile.kernels.coded import Coded
+from kvcompile.kernels.int_group import F16_MAX
 from kvcompile.kernels.wrapper import Wrapper, total
 from kvcompile.recipe import Term
 
@@ -90,7 +91,7 @@ class Outliers(Wrapper):
         return coded._ungrouped(bound.scatter(-1, planes["place"].long(), half))
 
     def limit(self, dtype: torch.dtype) -> float:
-        return self.inner.limit(dtype) / 2
+        return min(F16_MAX, self.inner.limit(dtype)) / 2  # of a number and what stands for it
 
     def cpp(self, dim: int, dtype: torch.dtype, side: Side) -> str:
         """The C++ type that reads the planes (`kernels/cpp/wrapper.h`)."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.format import Planes, Side, StepPlane
-from kvcompile.kernels.int_group import round_up
+from kvcompile.kernels.int_group import F16_MAX, round_up
 from kvcompile.kernels.triton_source import of
 from kvcompile.kernels.wrapper import Wrapper
 from kvcompile.recipe import Term
@@ -48,6 +48,9 @@ class Scaled(Wrapper):
     def error_bound(self, planes: dict[str, Tensor], dim: int, side: Side) -> Tensor:
         inside = self.inner.error_bound(self.split(planes, dim, side), dim, side)
         return inside * self._scale(planes)
+
+    def limit(self, dtype: torch.dtype) -> float:
+        return min(F16_MAX**2, self.inner.limit(dtype))
 
     def _scale(self, planes: dict[str, Tensor]) -> Tensor:
         return planes["channel"].float().repeat_interleave(self.step, -2)

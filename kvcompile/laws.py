@@ -176,3 +176,8 @@ def rotated(eps: Tensor, style: str = "half") -> Tensor:
     a, b = eps.chunk(2, -1) if style == "half" else eps.unflatten(-1, (-1, 2)).unbind(-1)
     both = torch.sqrt(a * a + b * b)
     return torch.cat([both, both], -1) if style == "half" else both.repeat_interleave(2, -1)
+
+
+def projected(eps: Tensor, basis: Tensor) -> Tensor:
+    """eps [H, N, r] of numbers s, as that of basis s, where basis is [H, D, r]."""
+    return eps.double() @ basis.double().abs().transpose(-1, -2)

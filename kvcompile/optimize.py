@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvcompile.artefacts import Calibration
-from kvcompile.audit import Audit, audit
+from kvcompile.audit import audit
+from kvcompile.audit_report import Audit
 from kvcompile.backend.inductor import check_compiler
 from kvcompile.cache import KVCache
 from kvcompile.engine import Engine

@@ -28,7 +28,8 @@ class Program:
 
     `graph_module` is the stateless graph (input_ids [B, S], position_ids [B, S], valid [B, S],
     keep [N]) -> logits [B, N, V] after every pass; `phases` holds the graphs with a cache. Each of
-    them runs eagerly. `outcomes` says per pass what became of every layer.
+    them runs eagerly. `outcomes` says per pass what became of every layer, and `snapshots` has the
+    graph after it; of insert_cache, which makes both phases, these are the ones of `extend`.
     """
 
     name: str

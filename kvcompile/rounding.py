@@ -26,8 +26,10 @@ def gamma(n: int, u: float) -> float:
     return n * u / (1 - n * u)
 
 
-def rounding(q: Tensor, view: View, how: How, kernel: Arithmetic) -> Tensor:
-    """[Hq, Dv]: how far a kernel's o may be from `oracle(q, view)`.
+def rounding(q: Tensor, view: View, how: How, kernel: Arithmetic, keys: Tensor | None = None
+             ) -> Tensor:
+    """[Hq, Dv]: how far a kernel's o may be from `oracle(q, view)`; `keys` [H, N, Dk]: how far the
+    keys that it makes itself are from the view's.
 
     Lengths of vectors stand for sums of magnitudes: kernels may read rotated vectors, and codes,
     scales and offsets whose sizes add to at most 4 times the largest number's.
@@ -36,6 +38,8 @@ def rounding(q: Tensor, view: View, how: How, kernel: Arithmetic) -> Tensor:
     length = how.scale * q.double().norm(dim=-1) * k.norm(dim=-1).amax(-1)
     logits = length * (8 * dk**0.5 * gamma(dk + 2, kernel.u) + kernel.stored + 2 * dk * kernel.q)
     logits = logits + 8 * kernel.u * how.softcap
+    if keys is not None:
+        logits = logits + how.scale * (q.double().abs()[:, None] * heads(keys, q)).sum(-1).amax(-1)
     weights = kernel.weights + 8 * gamma(n + 2, kernel.u) + 256 * kernel.p + kernel.stored
     error = torch.tanh(logits / 2)[:, None] * spread(q, view.v, how)
     error = error + weights * v.norm(dim=-1).amax(-1)[:, None]

@@ -1,4 +1,4 @@
-"""What a cache shows attention, read back from its planes, and what its store promises."""
+"""What a cache shows attention, read back from its planes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvcompile.laws import Contract, View
+from kvcompile.laws import View
 from kvcompile.registry import module
-from kvcompile.store import Store
 
 if TYPE_CHECKING:
     from kvcompile.cache import KVCache
@@ -50,49 +49,3 @@ def see(held: tuple[Tensor, Tensor, Tensor], ids: Tensor, k: Tensor, v: Tensor) 
     keys, values = (torch.cat([a.double(), b.double()], 1)
                     for a, b in zip(stored, (k, v), strict=True))
     return View.of(keys, values, where)
-
-
-def contract(store: Store, k: Tensor, v: Tensor, member: int = 0) -> Contract:
-    """What `store` promises of tokens k [H, T, Dk], v [H, T, Dv] that it was given, from them.
-
-    Of a store with members k and v are those of all of them side by side, and the promise is of
-    the one of number `member`. Tokens of exact tiers are as they were; those of the body within
-    their format's bound, and 16 roundings of the sums that decoding makes itself; others may be
-    absent.
-    """
-    eps: dict[str, Tensor] = {}
-    for side, x in zip(store.sides, (k, v), strict=False):
-        span = store.spans(side, x.shape[1])["body"]
-        eps[side] = torch.zeros(x.shape, dtype=torch.float64)
-        if span.end:
-            fmt, at = store.side(side).format, slice(store.sinks, store.sinks + span.end)
-            body = x[:, at].float()
-            planes = fmt.encode(body, side)
-            bound = fmt.error_bound(planes, x.shape[-1], side).double()
-            if bool(bound.any()):
-                bound += 16 * 2.0**-23 * (body.abs().amax((1, 2), keepdim=True) + bound)
-            eps[side][:, at] = bound
-        dim = x.shape[-1] // store.members
-        eps[side] = eps[side].narrow(-1, member * dim, dim)
-    if store.v_in_k:
-        eps["v"] = eps["k"][..., : v.shape[-1]]
-    kept = torch.tensor(store.numbers(k.shape[1]), dtype=torch.long)
-    dropped = torch.ones(k.shape[:2], dtype=torch.bool).index_fill(1, kept, False)
-    return Contract(eps["k"], eps["v"], dropped)
-
-
-def selected(store: Store, held: Tensor, ids: Tensor, k: Tensor, v: Tensor) -> Contract:
-    """`contract` where each head was given tokens of its own choice.
-
-    `held` [H, N] are the position ids of a head's slots (-1 fills), `ids` [T] those of all tokens k
-    [H, T, Dk], v [H, T, Dv].
-    """
-    out = Contract.exact(k, v)
-    out.dropped[:] = True
-    for head, slots in enumerate(held if len(ids) else ()):
-        at = (slots[slots >= 0][:, None] == ids[None]).int().argmax(1)
-        own = contract(store, k[head : head + 1, at], v[head : head + 1, at])
-        for every, mine in zip((out.k, out.v, out.dropped), (own.k, own.v, own.dropped),
-                               strict=True):
-            every[head, at] = mine[0]
-    return out

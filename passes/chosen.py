@@ -4,6 +4,7 @@ import operator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
 from kvcompile.beside import output_weight, rotary
@@ -11,6 +12,8 @@ from kvcompile.ir import KEEP, PRUNE, SCORE, argument
 from kvcompile.rule import Rule
 from kvcompile.site import Site
 from kvcompile.store import SIDES
+
+aten = torch.ops.aten
 
 
 class Chosen:
@@ -54,6 +57,13 @@ class Chosen:
         parts = [self._call(operator.getitem, every, i) for i in range(4)]
         for i, (site, *_) in enumerate(layers):
             self.found[site.layer] = [self._call(operator.getitem, p, i) for p in parts]
+
+    def stored(self, valid: Node) -> Node:
+        """`valid` without the columns behind the prompt, which no layer stores."""
+        ones = self._call(aten.ones_like.default, valid, dtype=torch.long)
+        left = self._call(aten.flip.default, self._call(aten.cumsum.default, ones, 1), [1])
+        prompt = self._call(aten.gt.Tensor, left, self._call(aten.select.int, self.hints, 0, 0))
+        return self._call(aten.bitwise_and.Tensor, valid, prompt)
 
     def kept(self) -> list[list[Node]]:
         """K, V, columns and scores of each layer with a rule, in order."""

@@ -74,6 +74,7 @@ def _prefill(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: lis
     """
     place, fine = _places(shared), list[Node]()
     chosen = Chosen(graph) if any(site.rule for site in sites) else None
+    again = any("probe" in Rule.parse(site.rule).needs for site in sites if site.rule)
     for site, node in zip(sites, nodes, strict=True):
         if site.owner is None:
             with graph.inserting_before(node):
@@ -84,8 +85,10 @@ def _prefill(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: lis
                 if site.rule and chosen:
                     chosen.score(node, site)
                 elif site.layer == members[-1]:
-                    allowed = _call(graph, aten.bitwise_and.Tensor, argument(node, "valid"),
-                                    fine[-1])
+                    valid = argument(node, "valid")
+                    if chosen and again:
+                        valid = chosen.stored(valid)
+                    allowed = _call(graph, aten.bitwise_and.Tensor, valid, fine[-1])
                     planes, slot = place[members[0]]
                     _append(graph, planes, [nodes[i] for i in members], [slot], allowed)
     for node in nodes:

@@ -39,9 +39,6 @@ WHOLE = 1 << 16  # more kv heads than a layer has
 MULTIPLE = Param("multiple", 16, choices=(1, 2, 4, 8, 16, 32, 64), help="ranks are multiples")
 WHITEN = Param("whiten", True, help="nearest on the calibration text, not in the weights")
 
-REBUILT = {"attention_is_within_its_bound": "keys are computed anew at every read, which "
-           "verify does not cover"}
-
 METHODS = (
     Method(
         name="palu",
@@ -58,7 +55,7 @@ METHODS = (
             Param("hadamard", False, help="latents turned by a Hadamard matrix, for quantization"),
             MULTIPLE,
         ),
-        axes=_palu, exempt=REBUILT,
+        axes=_palu,
         note="one rank for all layers (or one energy) instead of the paper's search by Fisher "
         "information; kv heads are grouped by as many as divide them",
     ),
@@ -73,7 +70,7 @@ METHODS = (
             Param("least", 0.4, minimum=0.01, maximum=1.0, help="that of the least sensitive one"),
             MULTIPLE,
         ),
-        axes=_lorc, exempt=REBUILT,
+        axes=_lorc,
         note="SVD of all heads' weights at once; layers in between by the logarithm of the product "
         "of the condition numbers that amplify their error",
     ),
@@ -88,7 +85,7 @@ METHODS = (
             WHITEN,
             MULTIPLE,
         ),
-        axes=_joint, exempt=REBUILT,
+        axes=_joint,
         note="MHA2MLA's joint SVD of K's and V's weights, balanced as TransMLA's; the rotation is "
         "kept whole and keys are rebuilt at read, where the papers rotate a part of them and "
         "fine-tune",
@@ -103,7 +100,7 @@ METHODS = (
             groups("channels of a token"),
             residual(default=0),
         ),
-        axes=_xquant, exempt=REBUILT,
+        axes=_xquant,
         note="what K and V are projected from is cached, once for both, where it is narrower than "
         "they are together (not with few kv heads, for which the paper factors the projections)",
     ),

@@ -172,7 +172,7 @@ METHODS: tuple[Method, ...] = (
         Param("length", 512, minimum=1, help="tokens of a part that is cut by itself"),
         Param("positions", "rerotated", choices=("rerotated", "original"),
               help="of kept keys: side by side, or where they were")),
-        axes=_finch, exempt={"attention_is_within_its_bound": "kept keys are turned"},
+        axes=_finch,
         note="what the question looks at stays, the best of every part",
     ),
     chosen(
@@ -194,7 +194,7 @@ METHODS: tuple[Method, ...] = (
         "kvzip", 0.3, *PROTECT, Param("floor", 0.0, minimum=0.0, maximum=1.0,
                 help="share of its budget that each head is sure of"),
         title="KVzip", paper="arXiv:2505.23416",
-        axes=_kvzip, exempt={"attention_is_within_its_bound": "columns beside the prompt"},
+        axes=_kvzip,
         note="query-agnostic: what the prompt, read again, looks at stays, over all "
         "heads and layers; costs a second, longer prefill",
     ),
@@ -203,7 +203,7 @@ METHODS: tuple[Method, ...] = (
                 choices=("rerotated", "original"), help="of kept keys: side by side, or original"),
         title="StreamingLLM, positions in the cache",
         paper="arXiv:2309.17453", family="streaming",
-        axes=_streaming, exempt={"attention_is_within_its_bound": "kept keys are turned"},
+        axes=_streaming,
         note="first and newest tokens of a prompt, the keys turned to lie side by "
         "side",
     ),

@@ -10,9 +10,6 @@ from kvcompile.passes.entries import chosen, keep, term
 from kvcompile.passes.methods_heads import scorer, wrapped
 from kvcompile.recipe import Term
 
-CHANGED = {"attention_is_within_its_bound": "kept keys and values are changed: the laws bound what "
-           "is stored and what is dropped"}
-
 
 def _cam(p: Mapping[str, Any]) -> Axes:
     return {**wrapped(p), "keep.merge": term("cam", next=p["next"], seed=p["seed"]),
@@ -37,7 +34,7 @@ METHODS: tuple[Method, ...] = (
         Param("next", 32, minimum=1, help="kept tokens that a dropped V is shared among"),
         Param("seed", 0, minimum=0, help="of the draw"),
         title="CaM, cache merging", paper="https://openreview.net/forum?id=LCTmppB165",
-        family="merging", axes=_cam, exempt=CHANGED,
+        family="merging", axes=_cam,
         note="V of dropped tokens is added to the next kept ones, with a probability; at the end "
         "of the prompt",
     ),
@@ -46,7 +43,6 @@ METHODS: tuple[Method, ...] = (
                           help="share of the budget that the newest tokens take"),
         Param("layers_by_variance", True, help="layers share their budgets"),
         title="D2O", paper="arXiv:2406.13035", family="merging", axes=_d2o,
-        exempt=CHANGED,
         note="heavy hitters stay; dropped tokens go into the kept one of the most similar key. At "
         "the end of the prompt",
     ),
@@ -56,7 +52,7 @@ METHODS: tuple[Method, ...] = (
                       "run"),
                 Param("heavy", 0.1, minimum=0.0, maximum=1.0, help="share that is never merged"),
                 Param("recent", 32, minimum=0, help="newest tokens that are never merged")),
-        axes=_kvmerger, exempt=CHANGED,
+        axes=_kvmerger,
         note="runs of alike keys become one, by Gaussian weights; the threshold "
         "decides how much is kept",
     ),

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE, LAWS, KERNELS = "test_cache.py", "test_registered.py", "test_kernels.py"
+RULES = "test_cache_rules.py"
 
 
 class Fault(NamedTuple):
@@ -93,6 +94,25 @@ FAULTS = {
     "sinks": Fault(
         "the sink's share is dropped in a decode step", "kernels/dense_attention.py",
         "    if sinks is not None:\n", "    if False:\n", "test_audit.py", "views_its_output"),
+    "evicted-sinks": Fault(
+        "the first tokens of a head are evicted like any other", "kernels/evict.py",
+        "    safe |= position < first + rule.sinks\n", "", RULES),
+    "moved-token": Fault(
+        "V of a token that takes another's place stays behind", "kernels/evict.py",
+        "        if not spec.shape:\n            continue\n        to, source",
+        "        if not spec.shape or spec.name[0] == 'v':\n            continue\n"
+        "        to, source", RULES),
+    "rebuilt-angles": Fault(
+        "keys that are rebuilt are turned by the angles of others", "kernels/eager.py",
+        "own.at(numbers).keys(old[0])", "own.at(numbers.flip(0)).keys(old[0])",
+        LAWS, "palu-attention"),
+    "turned-keys": Fault(
+        "kept keys are turned one position too far", "kernels/select.py",
+        "x.rotation(to - positions[at])", "x.rotation(to - positions[at] + 1)",
+        LAWS, "slots-attention"),
+    "stored-twice": Fault(
+        "layers beside kvzip's store the prompt's second reading, too", "passes/insert_cache.py",
+        "if chosen and again:", "if False:", "test_audit.py", "stored_once"),
     "cpp-flush": Fault(
         "C++: V leaves the recent tier one token early", "kernels/cpp/attend.h",
         "queued - C::V_LAG)", "queued - C::V_LAG + 1)", KERNELS, "is_the_body and kivi4"),

@@ -41,8 +41,10 @@ def test_a_stateless_forward_sees_the_compressed_view(arch):
     columns = torch.arange(100)
     want = graph(ids, columns[None], torch.ones_like(ids, dtype=torch.bool), columns)
     exact = plain(arch)(ids).logits
-    assert (got - want).abs().max() <= 1e-3
-    assert (got - exact).abs().max() > 0.1, "the recipe changed nothing"
+    lost = (want - exact).abs().max()
+    assert lost > 0.1, "the recipe changed nothing"
+    # in another order of sums a code may round the other way: one of thousands, by one step
+    assert (got - want).abs().max() <= lost / 100
 
 
 @pytest.mark.parametrize("recipe", (RECIPE,))

@@ -200,4 +200,4 @@ class Machine(RuleBasedStateMachine):
 Machine.TestCase.settings = settings(
     max_examples=settings.default.max_examples, stateful_step_count=14,
     deadline=None, print_blob=True)
-TestAnyOrder = Machine.TestCase
+TestAnyOrder = pytest.mark.share(100)(Machine.TestCase)

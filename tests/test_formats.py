@@ -1,6 +1,7 @@
 """Storage formats: published numbers and errors; their laws are in test_registered.py."""
 
 import pytest
+import torch
 
 from kvcompile.errors import RecipeError
 from kvcompile.format import format_of
@@ -33,3 +34,15 @@ def test_errors_name_what_is_legal(text, names):
     with pytest.raises(RecipeError) as error:
         format_of(parse_term(text))
     assert names in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", [
+    "lowrank(of=dense(dtype=bf16), rank=2, block=32)", "lowrank(of=int(bits=2))",
+    "outliers(of=fp8, fraction=0.05)", "scaled(of=dense, block=16)"])
+def test_wrappers_hold_no_more_than_their_own_planes(text):
+    """Found by the laws: formats inside that hold more than the fp16 around them."""
+    fmt = format_of(parse_term(text))
+    for x in (torch.ones(1, 128, 64), torch.randn(1, 128, 64).sign()):
+        x = x * fmt.limit(torch.float32)
+        back = fmt.decode(fmt.encode(x, "k"), 64, torch.float32, "k")
+        assert back.isfinite().all()

@@ -19,6 +19,7 @@ def test_laws(one, thing):
     check(one, thing)
 
 
+@pytest.mark.share(20)
 @given(data=st.data())
 @settings(max_examples=max(3, settings.default.max_examples // 5))
 def test_terms_commute(data):
@@ -45,6 +46,7 @@ def test_sharing_then_quantizing_is_quantizing_the_owner(name):
                                   sites_of(other)[site.owner].store)
 
 
+@pytest.mark.share(100)
 @given(data=st.data(), options=decoders(), seed=st.integers(0, 99))
 @settings(max_examples=max(2, settings.default.max_examples // 10))
 def test_any_decoder_under_any_recipe(data, options, seed):

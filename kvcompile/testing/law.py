@@ -81,7 +81,7 @@ def check(one: Law, thing: Any, seed: int | None = None, examples: int = 0) -> N
     profile: Any = settings.default
     seed = seed if seed is not None else 0 if profile.derandomize else randrange(2**32)
     cost = one.cost * (5 if any(p.calibrated for p in getattr(thing, "params", ())) else 1)
-    examples = examples or max(1, profile.max_examples // cost)
+    examples = examples or max(2, profile.max_examples // cost)  # the first is the simplest
     slow = (Phase.shrink, Phase.explain) if cost > 1 else ()  # they take minutes
     phases = [p for p in profile.phases if p not in slow]
     mute = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]

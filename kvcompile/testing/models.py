@@ -1,6 +1,6 @@
 """Laws of methods and passes on whole models: recipes, rewriting, and every layer's attention."""
 
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from kvcompile.testing.stores import LAYERS, base, drawn_term, sites_of, text
 from kvcompile.testing.strategies import recipes
 
 
-@cache
+@lru_cache(64)
 def lowered(recipe: str) -> Program:
     return base().lower(recipe, calibration=text())
 

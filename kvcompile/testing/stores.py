@@ -1,7 +1,9 @@
 """Laws of storage: what a method makes of a layer stores the same tokens however they come."""
 
+from __future__ import annotations
+
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from hypothesis import assume, reject
@@ -21,7 +23,7 @@ from kvcompile.rewrite import copy_graph, passes, run_passes
 from kvcompile.site import Site, sites
 from kvcompile.store import SIDES, Store
 from kvcompile.testing.law import law
-from kvcompile.testing.strategies import EDGES, plain_features, terms
+from kvcompile.testing.strategies import DIMS, EDGES, features, fits, plain_features, terms
 
 LAYERS, Q_HEADS, HEADS, DIM = 4, 4, 2, 32
 EPS = torch.finfo(torch.float32).eps
@@ -69,12 +71,29 @@ def drawn(method: Method, data: Any, members: bool = True) -> Store:
     return data.draw(st.sampled_from(list(stores)))
 
 
+class Shape(NamedTuple):
+    """Query heads, kv heads and channels of a head."""
+
+    q_heads: int
+    heads: int
+    dim: int
+
+    @staticmethod
+    def drawn(store: Store, data: Any) -> Shape:
+        """GQA ratios and head sizes that the store's formats take."""
+        fit = [d for d in DIMS if all(fits(store.side(s).format, d * store.members, s)
+                                      for s in SIDES)]
+        q_heads, heads = data.draw(st.sampled_from(((4, 2), (2, 2), (3, 1), (10, 2))))
+        return Shape(q_heads, heads, data.draw(st.sampled_from(fit)))
+
+
 class Layer:
     """One layer that stores by `store`, in a group of its own. Where V is a part of K it is K."""
 
-    def __init__(self, store: Store, batch: int = 1, dim: int = DIM) -> None:
-        site = Site(0, Q_HEADS, HEADS, (dim, dim), torch.float32, 0, store)
-        self.store, self.dim = store, dim
+    def __init__(self, store: Store, batch: int, shape: Shape) -> None:
+        dims = (shape.dim, shape.dim)
+        site = Site(0, shape.q_heads, shape.heads, dims, torch.float32, 0, store)
+        self.store, self.dim, self.heads = store, shape.dim, shape.heads
         self.group = Group([site], batch, torch.device("cpu"))
         self.counts = [0] * batch
 
@@ -99,7 +118,7 @@ class Layer:
         pages, side = module("kernels", "pages"), "k" if self.store.v_in_k else side
         named = pages.named(self.group.specs, self.group.planes, [0])
         tiers = pages.tiers(self.store, side, named, self.dim, torch.float32)
-        found: Tensor = pages.stored(self.store, side, tiers, row, slice(0, HEADS),
+        found: Tensor = pages.stored(self.store, side, tiers, row, slice(0, self.heads),
                                      self.counts[row])
         return found
 
@@ -108,11 +127,13 @@ def _positions(valid: Tensor) -> Tensor:
     return torch.arange(valid.shape[1]).expand(valid.shape)
 
 
-def qkv(data: Any, batch: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    some = data.draw(plain_features())
-    k = some.tensor(batch, HEADS, tokens, DIM)
-    v = some._replace(seed=some.seed + 1).tensor(batch, HEADS, tokens, DIM)
-    return some._replace(seed=some.seed + 2).tensor(batch, Q_HEADS, tokens, DIM), k, v
+def qkv(data: Any, batch: int, tokens: int, shape: Shape, some: Any = None
+        ) -> tuple[Tensor, Tensor, Tensor]:
+    some = data.draw(plain_features() if some is None else some)
+    k = some.tensor(batch, shape.heads, tokens, shape.dim)
+    v = some._replace(seed=some.seed + 1).tensor(batch, shape.heads, tokens, shape.dim)
+    q = some._replace(seed=some.seed + 2).tensor(batch, shape.q_heads, tokens, shape.dim)
+    return q, k, v
 
 
 @law("method", cost=5)
@@ -137,16 +158,17 @@ def every_token_is_in_one_tier(method: Method, data: Any) -> None:
 def pieces_store_the_same_bits(method: Method, data: Any) -> None:
     """append(T tokens) == append in any pieces; the planes take the bytes that are predicted."""
     store = drawn(method, data)
+    shape = Shape.drawn(store, data)
     cuts = data.draw(st.lists(st.sampled_from(EDGES), min_size=1, max_size=4))
-    _, k, v = qkv(data, 1, sum(cuts))
-    one, many, done = Layer(store), Layer(store), 0
+    _, k, v = qkv(data, 1, sum(cuts), shape, features())
+    one, many, done = Layer(store, 1, shape), Layer(store, 1, shape), 0
     one.append(k, v, torch.ones(1, sum(cuts), dtype=torch.bool))
     for n in cuts:
         at = slice(done, done := done + n)
         many.append(k[:, :, at], v[:, :, at], torch.ones(1, n, dtype=torch.bool))
     for side in SIDES:
         assert torch.equal(one.read(side), many.read(side))
-    want = store.nbytes((DIM, DIM), torch.float32, HEADS, [sum(cuts)])
+    want = store.nbytes((shape.dim, shape.dim), torch.float32, shape.heads, [sum(cuts)])
     assert sum(p.nbytes for p in one.group.planes) == want
 
 
@@ -154,16 +176,17 @@ def pieces_store_the_same_bits(method: Method, data: Any) -> None:
 def a_batch_is_its_rows(method: Method, data: Any) -> None:
     """Padding anywhere, rows without a token: a row of a batch is what it is alone, bit by bit."""
     store, tokens = drawn(method, data), data.draw(st.sampled_from(EDGES[6:]))
-    q, k, v = qkv(data, 3, tokens)
+    shape = Shape.drawn(store, data)
+    q, k, v = qkv(data, 3, tokens, shape, features())
     valid = torch.ones(3, tokens, dtype=torch.bool)
     valid[1, : data.draw(st.integers(1, tokens))] = False
     valid[2, data.draw(st.integers(0, tokens - 1)):] = False
     after, every = [x[:, :, -1:] for x in (q, k, v)], torch.ones(3, 1, dtype=torch.bool)
-    batch = Layer(store, 3)
+    batch = Layer(store, 3, shape)
     batch.append(k, v, valid)
     got = batch.attend(after[0], after[1], after[2], every)
     for row, keep in enumerate(valid):
-        alone = Layer(store)
+        alone = Layer(store, 1, shape)
         if keep.any():
             alone.append(k[row : row + 1, :, keep], v[row : row + 1, :, keep], keep[None, keep])
         q1, k1, v1 = (x[row : row + 1] for x in after)
@@ -175,11 +198,13 @@ def a_batch_is_its_rows(method: Method, data: Any) -> None:
 def decoding_is_the_stateless_form(method: Method, data: Any) -> None:
     """Steps on a filled cache give what kvc.attention with the store says, query by query."""
     store, tokens = drawn(method, data, members=False), data.draw(st.sampled_from(EDGES[8:]))
-    q, k, v = qkv(data, 1, tokens)
+    shape = Shape.drawn(store, data)
+    q, k, v = qkv(data, 1, tokens, shape)
     valid, start = torch.ones(1, tokens, dtype=torch.bool), max(0, tokens - 5)
     v = k if store.v_in_k else v
-    want = ATTENTION(q, k, v, _positions(valid), valid, None, scale=DIM**-0.5, store=str(store))
-    layer, one = Layer(store), torch.ones(1, 1, dtype=torch.bool)
+    want = ATTENTION(q, k, v, _positions(valid), valid, None, scale=shape.dim**-0.5,
+                     store=str(store))
+    layer, one = Layer(store, 1, shape), torch.ones(1, 1, dtype=torch.bool)
     if start:
         layer.append(k[:, :, :start], v[:, :, :start], valid[:, :start])
     for i in range(start, tokens):
@@ -187,8 +212,8 @@ def decoding_is_the_stateless_form(method: Method, data: Any) -> None:
         o = layer.attend(q[:, :, at], k[:, :, at], v[:, :, at], one)
         layer.append(k[:, :, at], v[:, :, at], one)
         # two orders of summation over at most `tokens` weights, on logits as large as |q||k|
-        most = float(q[:, :, i].norm(dim=-1).max() * k.norm(dim=-1).max()) * DIM**-0.5
-        error = (tokens + 2 * DIM * most) * EPS * float(v.abs().max())
+        most = float(q[:, :, i].norm(dim=-1).max() * k.norm(dim=-1).max()) * shape.dim**-0.5
+        error = (tokens + 2 * shape.dim * most) * EPS * float(v.abs().max())
         assert (o - want[:, :, at]).abs().max() <= error
 
 

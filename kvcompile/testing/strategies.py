@@ -109,16 +109,18 @@ def any_format(depth: int = 2) -> st.SearchStrategy[Format]:
     return st.sampled_from(sorted(formats())).flatmap(lambda n: formats_of(formats()[n], depth))
 
 
+def fits(fmt: Format, dim: int, side: Any = "k") -> bool:
+    """Whether the format takes heads of so many channels."""
+    try:
+        fmt.planes(dim, torch.float32, side)
+    except RecipeError:
+        return False
+    return True
+
+
 def dims(fmt: Format, side: Any = "k") -> list[int]:
     """The head dimensions of DIMS that the format takes."""
-    found = []
-    for dim in DIMS:
-        try:
-            fmt.planes(dim, torch.float32, side)
-        except RecipeError:
-            continue
-        found.append(dim)
-    return found
+    return [dim for dim in DIMS if fits(fmt, dim, side)]
 
 
 def _param(param: Param, bound: dict[str, Any]) -> st.SearchStrategy[Any]:
@@ -204,4 +206,4 @@ def decoders() -> st.SearchStrategy[dict[str, Any]]:
 
 
 __all__ = ["DIMS", "EDGES", "PAGE", "Features", "any_format", "decoders", "dims", "examples",
-           "features", "formats_of", "plain_features", "recipes", "terms", "with_reader"]
+           "features", "fits", "formats_of", "plain_features", "recipes", "terms", "with_reader"]
