@@ -26,7 +26,7 @@ from kvcompile.ir import attention_nodes
 from kvcompile.laws import Contract, View, bound, fault, oracle
 from kvcompile.own_cache import OwnCache
 from kvcompile.program import Program
-from kvcompile.promise import contract, merged, selected, turned
+from kvcompile.promise import contract, declared, selected, turned
 from kvcompile.registry import module
 from kvcompile.rounding import Arithmetic, rounding
 from kvcompile.rows import fused
@@ -93,16 +93,17 @@ class Run:
         return found, logits[:, -1].detach().cpu()
 
     def _given(self, layer: int, row: int, own: Taps) -> None:
-        """Note what a rule that turns or merges gave the layer's store of the prompt."""
+        """Note what a rule that turns, merges or prunes gave the layer's store of the prompt."""
         rule, ids, (k, v) = self.rules[layer], self.ids[row], self.seen[layer][row]
-        if rule is None or not rule.merge and rule.positions == "original":
+        changes = rule is not None and (rule.merge or rule.channels)
+        if rule is None or not changes and rule.positions == "original":
             return
         held, off = slots(self.cache, layer, row), Contract.exact(k, v)
         if rule.positions != "original":      # exact attention is over keys that are turned as well
             assert own.angles is not None
             k, slack = turned(k, held[0], ids, own.angles, own.style)
             off, self.seen[layer][row] = replace(off, k=slack), (k, v)
-        new = merged(see(held, ids, k[:, :0], v[:, :0]), k, v) if rule.merge else (k, v)
+        new = declared(see(held, ids, k[:, :0], v[:, :0]), k, v) if changes else (k, v)
         k_off, v_off = ((a - b).abs() for a, b in zip(new, (k, v), strict=True))
         self.prompts[layer, row] = Prompt(*new, off + replace(off, k=k_off, v=v_off))
 

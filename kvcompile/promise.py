@@ -59,9 +59,10 @@ def selected(store: Store, held: Tensor, ids: Tensor, k: Tensor, v: Tensor) -> C
     return out
 
 
-def merged(view: View, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """K and V that a store was given where others were merged into what is kept: what it shows of
-    kept tokens, and the others as they are. Their distance from k and v is what a merge declares.
+def declared(view: View, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """K and V that a store was given where kept tokens are changed (others merged into them, or
+    channels pruned): what it shows of these, and the others as they are. The distance from k and v
+    is what the change declares.
     """
     at, kept = view.where.clamp_min(0), (view.where >= 0)[..., None]
     new = (torch.where(kept, slots.gather(1, at[..., None].expand(-1, -1, x.shape[-1])), x.double())

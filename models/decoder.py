@@ -29,6 +29,7 @@ class DecoderConfig:
     qk_norm: bool = False
     bias: bool = False
     tied: bool = False
+    window: int = 0  # tokens that a query sees, itself included; 0: all
     learned_positions: bool = False
     max_positions: int = 2048
 
@@ -172,10 +173,12 @@ def _rotate(config: DecoderConfig, x: Tensor, cos: Tensor, sin: Tensor) -> Tenso
 
 def _mask(config: DecoderConfig, attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
     """What is added to the scores, `[B or 1, 1, S, S]`; None leaves it to SDPA's is_causal."""
-    if attention_mask is None and config.attention.startswith("sdpa"):
+    if attention_mask is None and config.attention.startswith("sdpa") and not config.window:
         return None
     tokens = x.shape[1]
     seen = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).tril()[None, None]
+    if config.window:
+        seen = seen.triu(1 - config.window)
     if attention_mask is not None:
         seen = seen & attention_mask[:, None, None, :].bool()
     lowest = max(torch.finfo(x.dtype).min, torch.finfo(torch.float32).min)  # survives the upcast

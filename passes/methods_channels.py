@@ -25,8 +25,7 @@ METHODS: tuple[Method, ...] = (
                 Param("window", 32, minimum=1, help="last queries that are asked"),
                 Param("recent", 32, minimum=0, help="newest keys that are kept whole"),
                 Param("of", Term("dense"), help="the format of the channels that stay")),
-        axes=_think, exempt={"attention_is_within_its_bound": "channels of K are dropped before it "
-                             "is stored"},
+        axes=_think,
         note="each head stores the channels of K that its last queries weigh most, and reads them "
         "with these channels of q; generated keys drop theirs, by norm, in blocks of 128",
     ),

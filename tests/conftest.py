@@ -29,7 +29,8 @@ class Minutes:
     """Repeats tests with new examples until the time is up; what is late shortens the rest."""
 
     def __init__(self, seconds):
-        self.end, self.left, self.tried = time.monotonic() + seconds, 0.0, Counter()
+        self.end, self.left = time.monotonic() + seconds, 0.0
+        self.tried, self.events = Counter(), Counter()
 
     @staticmethod
     def share(item):
@@ -48,6 +49,7 @@ class Minutes:
         def count(stats):
             cases = [x for phase in ("reuse", "generate")
                      for x in stats.get(f"{phase}-phase", {}).get("test-cases", ())]
+            self.events.update(e for x in cases for e in x["events"] if "logits" in e)
             self.tried[name] += sum(x["status"] in ("valid", "interesting") for x in cases)
 
         def repeated():
@@ -68,3 +70,5 @@ class Minutes:
         for name, count in sorted(self.tried.items()):
             terminalreporter.write_line(f"{count:9,}  {name}")
         terminalreporter.write_line(f"{self.tried.total():9,}  in all")
+        for event, count in sorted(self.events.items()):
+            terminalreporter.write_line(f"{count:9,}  {event}")

@@ -46,6 +46,16 @@ def test_sharing_then_quantizing_is_quantizing_the_owner(name):
                                   sites_of(other)[site.owner].store)
 
 
+@pytest.mark.parametrize("recipe", [
+    "qfilters(budget=300, ratio=1.0, layers=2)", "cam(next=300)+razorattention(sinks=300)",
+    "kvtuner(bits=5.0)+keydiff+streamingllm(sinks=1, layers=3)", "d2o(ratio=1.0)+headkv(window=1)"])
+def test_what_calibration_shows_to_be_wrong_is_refused_in_one_line(recipe):
+    """Found by the laws of passes, which took such recipes for well-formed."""
+    with pytest.raises(RecipeError) as error:
+        sites_of(recipe)
+    assert "\n" not in str(error.value) and "give " in str(error.value)
+
+
 @pytest.mark.share(100)
 @given(data=st.data(), options=decoders(), seed=st.integers(0, 99))
 @settings(max_examples=max(2, settings.default.max_examples // 10))

@@ -1,13 +1,15 @@
 """Laws of methods and passes on whole models: recipes, rewriting, and every layer's attention."""
 
 from functools import lru_cache
+from math import ceil, log10
 from typing import Any
 
 import torch
-from hypothesis import reject
+from hypothesis import event, reject
 from hypothesis import strategies as st
 
 from kvcompile.audit import audit
+from kvcompile.audit_report import Audit
 from kvcompile.calibration import calibrated
 from kvcompile.errors import RecipeError
 from kvcompile.ir import attention_nodes
@@ -59,11 +61,15 @@ def attention_is_within_its_bound(method: Method, data: Any) -> None:
 
 
 def drawn_recipe(data: Any) -> Recipe:
-    """A composition whose parameters have been calibrated."""
+    """A composition whose parameters have been calibrated. Terms that turn out to exclude each
+    other only then are refused in one line."""
     try:
-        return calibrated(data.draw(recipes(LAYERS)), base(), text())
-    except RecipeError:
+        found = calibrated(data.draw(recipes(LAYERS)), base(), text())
+        sites_of(str(found))
+    except RecipeError as error:
+        assert "\n" not in str(error)
         reject()
+    return found
 
 
 @law("pass", cost=10)
@@ -94,8 +100,9 @@ def layers_are_rewritten_or_refused(p: Pass, data: Any) -> None:
     assert {x.layer for x in told} <= set(range(LAYERS))
 
 
-def check_decoder(options: dict[str, Any], recipe: Recipe, seed: int) -> None:
-    """The laws on a decoder of its own: capture, a recipe, chunks and steps, padded rows."""
+def check_decoder(options: dict[str, Any], recipe: Recipe, seed: int) -> Audit:
+    """The laws on a decoder of its own: capture, a recipe, chunks and steps, padded rows. How far
+    the logits are off is in the result, and an event of hypothesis's statistics."""
     model = module("models", "decoder").Decoder.tiny(seed, **options)
     program = capture(model)
     ids = torch.randint(0, 128, (2, 150), generator=torch.Generator().manual_seed(seed))
@@ -103,6 +110,8 @@ def check_decoder(options: dict[str, Any], recipe: Recipe, seed: int) -> None:
     valid[1, :seed % 100] = False
     try:
         found = program.lower(recipe, calibration=ids)
-        audit(found, ids, valid=valid, steps=2, chunk=90, compile=False)
+        told = audit(found, ids, valid=valid, steps=2, chunk=90, compile=False)
     except RecipeError:  # terms that exclude each other, or that the laws do not cover
         reject()
+    event(f"logits off by at most 1e{ceil(log10(max(told.logits.error, 1e-9)))}")
+    return told

@@ -201,8 +201,8 @@ def decoders() -> st.SearchStrategy[dict[str, Any]]:
         rope=st.sampled_from(["half", "interleaved", "partial", "none"]),
         norm=st.sampled_from(["rms", "layer"]), placement=st.sampled_from(["pre", "post"]),
         attention=st.sampled_from(["sdpa", "sdpa_gqa", "eager", "eager_fp32softmax"]),
-        fused_qkv=st.booleans(), qk_norm=st.booleans(), bias=st.booleans(), tied=st.booleans(),
-        learned_positions=st.booleans())
+        window=st.sampled_from([0, 0, 24]), fused_qkv=st.booleans(), qk_norm=st.booleans(),
+        bias=st.booleans(), tied=st.booleans(), learned_positions=st.booleans())
 
 
 __all__ = ["DIMS", "EDGES", "PAGE", "Features", "any_format", "decoders", "dims", "examples",
