@@ -71,17 +71,17 @@ FAULTS = {
         "planes[0][pages.at(slots)] += valid.shape[1]", CACHE),
     "grown-rows": Fault(
         "growing copies a row from another's pages", "kvcompile/planes.py",
-        "starts = [heads * sum(have[:row])", "starts = [sum(have[:row])", CACHE),
+        "self.planes[table][:, rows],", "self.planes[table][:, rows].roll(1, 1),", CACHE),
     "stale-rows": Fault(
         "rows keep their lengths when they change places", "kvcompile/own_cache.py",
         "self._rows = [self._rows[r] for r in rows]",
         "self._rows = (self._rows * 3)[: len(rows)]", CACHE),
     "crop": Fault(
         "the last token of a cut block is not brought back", "kernels/pages.py",
-        'after["recent"].end))\n', 'after["recent"].end) - 1)\n', CACHE),
+        'new["recent"].end))\n', 'new["recent"].end) - 1)\n', CACHE),
     "shared-copy": Fault(
-        "a copy of the cache shares its planes", "kvcompile/cache.py",
-        "[p.clone() for p in group.planes]", "list(group.planes)", CACHE),
+        "a copy of the cache shares its planes", "kvcompile/planes.py",
+        "[p.clone() for p in self.planes]", "list(self.planes)", CACHE),
     "wrong-slot": Fault(
         "a layer reads the slot of the first one", "passes/insert_cache.py",
         "slot=slot,", "slot=0,", LAWS, "int8-attention or kivi-attention"),
