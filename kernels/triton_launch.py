@@ -4,14 +4,15 @@ Everything that depends on the tokens' number lies in tensors, so that nothing w
 and a decode step can be captured in a CUDA graph.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvcompile.kernels import triton_append, triton_attend, triton_evict
+from kvcompile.kernels import triton_append, triton_attend, triton_evict, triton_tune
+from kvcompile.kernels.triton_attend_shape import Tile
 from kvcompile.kernels.triton_source import WIDEST, helpers, kernel, padded, parameters
 from kvcompile.store import Store
 
@@ -31,23 +32,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Ten
     shape = triton_attend.shape_of(parsed, heads, hq, (dk, dv), q.dtype, scale, window, softcap,
                                    _one(tokens))
     v = k if parsed.v_in_k else v
-    cut = triton_attend.tile(parsed, shape)
     splits = parts(batch, heads, q.device)
     numbers = numbered(valid)
     width = triton_attend.width(parsed, shape)
     part = q.new_empty((batch, heads, tokens, hq // heads, splits, width), dtype=torch.float32)
     stats = q.new_empty((batch, heads, tokens, hq // heads, splits, 2), dtype=torch.float32)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    text = triton_attend.source(parsed, shape, cut)
-    run = kernel(text, triton_attend.name(parsed, shape, cut))
-    grid = (splits, batch * heads, -(-tokens // cut.queries))
     given = [q, k, v, numbers, *_held(parsed, planes, shape.dims, q.dtype), part, stats, slot,
              *([member] if parsed.members > 1 else []), batch, tokens, splits,
              *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
              *(p.shape[3] for p in tables(parsed, planes, (dk, dv), q.dtype))]
     names = triton_attend.arguments(parsed, shape)
-    start(run, grid, dict(zip(names, given, strict=True)), num_warps=cut.warps,
-          num_stages=cut.stages)
+
+    def run(cut: Tile, what: str = "attend") -> None:
+        text = triton_attend.source(parsed, shape, cut, what)
+        grid = (splits, batch * heads, -(-tokens // cut.queries))
+        start(kernel(text, triton_attend.name(parsed, shape, cut, what)), grid,
+              dict(zip(names, given, strict=True)), num_warps=cut.warps, num_stages=cut.stages)
+
+    cut = triton_tune.chosen(parsed, shape, triton_tune.target(q.device), _timer(run, q))
+    run(cut)
     o = q.new_empty((batch, tokens, hq, dv)).transpose(1, 2)
     lse = q.new_empty((batch, hq, tokens), dtype=torch.float32)
     start(helpers()["merge"], (batch * hq * tokens,), dict(
@@ -59,13 +63,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Ten
     places = parsed.places((dk, dv), q.dtype, [p.shape for p in planes]) + tokens if mass else 0
     weights = q.new_zeros((batch, heads, places), dtype=torch.float32)
     if mass:
-        text = triton_attend.source(parsed, shape, cut, "mass")
-        run = kernel(text, triton_attend.name(parsed, shape, cut, "mass"))
         at = names.index("part")
         names = triton_attend.arguments(parsed, shape, "mass")
         given[at : at + 2] = [weights, lse, places]
-        start(run, grid, dict(zip(names, given, strict=True)), num_warps=cut.warps,
-              num_stages=cut.stages)
+        run(cut, "mass")
     return o, lse, weights
 
 
@@ -155,6 +156,17 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda" or not torch.cuda.is_available():
         return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _timer(run: Callable[[Tile], None], x: Tensor) -> Callable[[Tile], float] | None:
+    """Milliseconds of a kernel that is run on x's device; None where none can be: in a graph that
+    is being traced, and by the interpreter."""
+    if x.device.type != "cuda" or type(x) is not Tensor or torch.compiler.is_compiling() \
+            or torch.cuda.is_current_stream_capturing():
+        return None
+    from triton.testing import do_bench
+
+    return lambda cut: float(do_bench(lambda: run(cut)))
 
 
 def _one(tokens: Any) -> bool:

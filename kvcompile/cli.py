@@ -148,6 +148,10 @@ def _parser() -> argparse.ArgumentParser:
     _model(kernels)
     kernels.add_argument("--target", nargs="+", default=["cuda:90"], metavar="T",
                          help=f"of {', '.join(commands.TARGETS)} (cuda:90)")
+    kernels.add_argument("--every", action="store_true",
+                         help="the kernels of every method, alone and with --recipe")
+    kernels.add_argument("--geometry", nargs=3, type=_positive, metavar=("HQ", "HKV", "D"),
+                         help="query heads, kv heads and head dimension in place of the model's")
     kernels.add_argument("--out", metavar="FOLDER", help="write sources, PTX and cubins there")
     kernels.set_defaults(function=commands.kernels)
     return parser

@@ -149,7 +149,8 @@ def kernels(args: Namespace) -> None:
         offline.check(target)
     model, _ = _load(args)
     with progress("compiling"):
-        found = compiled_kernels(capture(model, args.recipe), args.target)
+        found = compiled_kernels(capture(model, args.recipe), args.target, args.every,
+                                 args.geometry and tuple(args.geometry))
     if args.out:
         found.write(Path(args.out))
     _print(args, found.as_dict(), lambda: str(found))

@@ -1,8 +1,8 @@
 """`kvcompile kernels`: a recipe's GPU kernels, compiled without a GPU, and what they take."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,14 @@ from rich import box
 from rich.table import Table
 
 from kvcompile.backend import gpu, offline
+from kvcompile.errors import KVCompileError
 from kvcompile.ir import APPEND, ATTEND
+from kvcompile.method import methods
 from kvcompile.plan import runs
 from kvcompile.program import Program
 from kvcompile.registry import module
 from kvcompile.show import as_text
+from kvcompile.site import Site
 
 EVICTS = ("kvc.evict waits for the device to learn which heads are full, so that no CUDA graph "
           "holds the step")
@@ -78,23 +81,52 @@ def fallbacks(program: Program) -> list[str]:
     return [f"{runs(layers)} on a GPU: {why}" for why, layers in found.items()]
 
 
-def kernels(program: Program, targets: Sequence[str]) -> Kernels:
-    """Compile the kernels of a program's decode step; layers that are stored alike share them."""
+def every(program: Program) -> Iterator[tuple[str, Site]]:
+    """(recipe, site) of every named method with its defaults, alone and with the program's recipe;
+    what must see text or a file first, or does not go together, is left out."""
+    for name in methods():
+        for recipe in (name, f"{name}+{program.recipe}"):
+            try:
+                sites = program.lower(recipe).sites
+            except KVCompileError:
+                continue
+            yield from ((recipe, site) for site in sites)
+
+
+def kernels(program: Program, targets: Sequence[str], all_methods: bool = False,
+            geometry: tuple[int, int, int] | None = None) -> Kernels:
+    """Compile the kernels of a program's decode step; layers that are stored alike share them.
+
+    `all_methods`: those of `every` recipe. `geometry`: query heads, kv heads and their dimension in
+    place of the model's.
+    """
     shapes = module("kernels", "triton_attend")
-    alike: dict[tuple, list[int]] = {}
-    for site in program.sites:
+    alike: dict[tuple, list[str]] = {}
+    own = ((str(site.layer), site) for site in program.sites)
+    for label, site in every(program) if all_methods else own:
+        if geometry:
+            site = replace(site, q_heads=geometry[0], heads=geometry[1], dims=(geometry[2],) * 2)
         shape = shapes.shape_of(site.store, site.heads, site.q_heads, site.dims, site.dtype,
                                 site.dims[0] ** -0.5, site.window)
         rebuilt = site.rebuilt or site.rotated
-        alike.setdefault((site.store, shape, rebuilt), []).append(site.layer)
+        labels = alike.setdefault((site.store, shape, rebuilt), [])
+        labels += [] if label in labels else [label]
     rows, missing, sources = [], [], {}
-    for (store, shape, rebuilt), layers in alike.items():
-        which = runs(layers).split(" ", 1)[1]
-        found, reasons = offline.kernels(store, shape)
-        if rebuilt:
-            found, reasons = found[1:], [f"attend: {gpu.REBUILT}", *reasons]
-        missing += [f"layers {which}: no kernel for kvc.{reason}" for reason in reasons]
-        for one in found:
-            sources[one.name] = one.text
-            rows += [(which, offline.compiled(one, target)) for target in targets]
-    return Kernels(program.name, str(program.recipe), rows, missing, sources)
+    for (store, shape, rebuilt), labels in alike.items():
+        where = _short(labels) if all_methods else runs([*map(int, labels)])
+        which = where if all_methods else where.split(" ", 1)[1]
+        for target in targets:
+            found, reasons = offline.kernels(store, shape, target)
+            if rebuilt:
+                found, reasons = found[1:], [f"attend: {gpu.REBUILT}", *reasons]
+            reasons = [f"{where}: no kernel for kvc.{reason}" for reason in reasons]
+            missing += [reason for reason in reasons if reason not in missing]
+            sources |= {one.name: one.text for one in found}
+            rows += [(which, offline.compiled(one, target)) for one in found]
+    recipe = f"every method, alone and with {program.recipe}" if all_methods else program.recipe
+    return Kernels(program.name, str(recipe), rows, missing, sources)
+
+
+def _short(names: list[str]) -> str:
+    """The first of many names, and how many there are beside it."""
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

@@ -163,7 +163,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                  for kind in ("passkey", "needle")]
         lines.append(" | ".join((
             f"| `{r['recipe']}`", f"{r['nbytes']:,}", f"{r['share']:.0%}", f"{r['perplexity']:.2f}",
-            *("as blind" if x is None else f"{x:.0%}" for x in right))) + " |")
+            *("-" if x is None else f"{x:.0%}" for x in right))) + " |")
     return "\n".join(lines)
 
 

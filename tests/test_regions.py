@@ -51,9 +51,10 @@ def test_layers_keep_their_slots(recipe, outlined):
 
 
 def test_inductor_writes_one_function_for_equal_layers():
-    model = kvcompile.optimize(optimized("llama"), "minicache(start=0)+kivi(bits=4)", compile=True)
-    got, (*_, code) = run_and_get_code(greedy, model, prompt(30), 12)
-    assert torch.equal(got, greedy(optimized("llama", "minicache(start=0)+kivi(bits=4)"),
-                                   prompt(30), 12))
-    assert code.count("def repeated_subgraph0(") == 1
-    assert code.count("= repeated_subgraph0(") == 3
+    recipe = "minicache(start=0)+kivi(bits=4)"
+    model, plain = optimized("llama", recipe, compile=True), optimized("llama", recipe)
+    for batch in (1, 3):
+        got, (*_, code) = run_and_get_code(greedy, model, prompt(30, batch), 12)
+        assert torch.equal(got, greedy(plain, prompt(30, batch), 12))
+        assert code.count("def repeated_subgraph0(") == 1
+        assert code.count("= repeated_subgraph0(") == 3

@@ -17,7 +17,7 @@ from kvcompile.backend import gpu, offline
 from kvcompile.errors import KVCompileError
 from kvcompile.format import formats
 from kvcompile.ir import APPEND, ATTEND
-from kvcompile.kernels import triton_append, triton_attend, triton_source
+from kvcompile.kernels import triton_append, triton_attend, triton_source, triton_tune
 from kvcompile.planes import Group
 from kvcompile.site import Site
 from kvcompile.store import Store
@@ -89,7 +89,7 @@ def test_resources_of_a_decode_step_on_sm_90():
 def test_nothing_spills(recipe, dim, target):
     stores = {s.store for s in kvcompile.explain(plain("llama:2"), recipe).program.sites}
     for store in stores:
-        for one in offline.kernels(store, shape_of((dim, dim)))[0]:
+        for one in offline.kernels(store, shape_of((dim, dim)), target)[0]:
             made = offline.compiled(one, target)
             assert not made.failed and made.spills == made.local == 0, made.as_dict()
 
@@ -98,9 +98,37 @@ def test_nothing_spills(recipe, dim, target):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", offline.TARGETS)
 def test_every_target(target):
-    for one in offline.kernels(Store.parse(KIVI.format(4)), shape_of())[0]:
+    for one in offline.kernels(Store.parse(KIVI.format(4)), shape_of(), target)[0]:
         made = offline.compiled(one, target)
         assert not made.failed and made.spills == 0, made.as_dict()
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
+def test_whatever_tuning_tries_fits(target):
+    found, _ = offline.kernels(Store.parse(KIVI.format(4)), shape_of(), target, tried=True)
+    attends = [k for k in found if k.name.startswith("attend")]
+    assert len(attends) == len(triton_tune.tiles(Store.parse(KIVI.format(4)), shape_of(), target))
+    for one in attends:
+        made = offline.compiled(one, target)
+        assert not made.failed and made.spills == made.local == 0, (one.warps, made.as_dict())
+
+
+def test_tuning_is_asked_for(monkeypatch):
+    args = Store.parse(KIVI.format(8)), shape_of(heads=3), "cuda:90"
+    first, *others = triton_tune.tiles(*args)
+    assert first == triton_attend.tile(*args[:2]) and len(others) >= 3
+    assert triton_tune.tiles(*args[:2], "hip:gfx942")[0].warps == first.warps // 2
+    monkeypatch.setattr(triton_tune, "_fastest", {})
+    monkeypatch.setenv("KVCOMPILE_AUTOTUNE", "0")
+    assert triton_tune.chosen(*args, lambda cut: pytest.fail("timed")) == first
+    monkeypatch.setenv("KVCOMPILE_AUTOTUNE", "1")
+    assert triton_tune.chosen(*args, None) == first
+    best = others[-1]
+    assert triton_tune.chosen(*args, lambda cut: float(cut != best)) == best
+    assert triton_tune.chosen(*args, None) == best            # in a graph that is traced later
+    assert triton_tune.chosen(*args[:2], "cuda:80", None) == first
 
 
 def test_what_has_no_kernel_says_why():
@@ -131,12 +159,14 @@ def test_a_store_that_is_not_understood_is_refused():
 
 
 @needs_triton
-def test_what_falls_back_on_a_gpu():
+def test_what_falls_back_on_a_gpu(monkeypatch):
     program = kvcompile.explain(plain("llama:2"), "palu").program
     assert kernel_table.fallbacks(program) == [
         "layers 0-1 on a GPU: kvc.attend runs its plain body: keys are rebuilt at read, for which "
         "there is no Triton kernel"]
-    assert kernel_table.kernels(program, []).missing == [
+    monkeypatch.setattr(offline, "compiled", lambda one, target: offline.Compiled(
+        one.name, target, ""))
+    assert kernel_table.kernels(program, ["cuda:80", "hip:gfx942"]).missing == [
         "layers 0-1: no kernel for kvc.attend: keys are rebuilt at read, for which there is no "
         "Triton kernel"]
     assert not kernel_table.fallbacks(program.lower("kivi(bits=4)"))
@@ -225,3 +255,20 @@ def test_inductor_writes_whole_kernels(store):
         defined = set(re.findall(r"^def (\w+)", written, re.M))
         called = set(re.findall(r"\b(\w+)\(", written)) & triton_source.helpers().keys()
         assert name in defined and len(called) > 8 and called <= defined
+
+
+@needs_triton
+def test_the_table_of_every_method(monkeypatch):
+    monkeypatch.setattr(offline, "compiled", lambda one, target: offline.Compiled(
+        one.name, target, "", 40))
+    program = kvcompile.explain(plain("llama:2"), "kivi").program
+    monkeypatch.setattr(kernel_table, "methods", lambda: ["snapkv", "h2o", "palu", "kivi"])
+    table = kernel_table.kernels(program, ["cuda:80"], True, (32, 8, 128))
+    labels = [label for label, _ in table.rows]
+    assert {"snapkv", "h2o", "h2o+kivi"} <= {*labels}
+    assert any(label.startswith("snapkv+kivi and ") for label in labels)
+    kinds = {label: [one.kernel.split("_")[0] for name, one in table.rows if name == label]
+             for label in labels}
+    assert kinds["h2o"] == ["attend", "encode", "move"]
+    assert kinds["h2o+kivi"] == ["attend", "encode", "keep"]  # whole pages leave
+    assert any("palu" in reason and "rebuilt" in reason for reason in table.missing)

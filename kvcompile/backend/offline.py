@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from kvcompile.errors import KVCompileError, nearest
-from kvcompile.kernels import triton_append, triton_attend, triton_evict
+from kvcompile.kernels import triton_append, triton_attend, triton_evict, triton_tune
 from kvcompile.kernels.triton_source import helpers, installed, kernel
 from kvcompile.store import Store
 
@@ -58,8 +58,12 @@ class Compiled:
         return {key: value for key, value in asdict(self).items() if key != "assembly"}
 
 
-def kernels(store: Store, shape: triton_attend.Shape) -> tuple[list[Kernel], list[str]]:
-    """The kernels of a store, and why one is missing where it is."""
+def kernels(store: Store, shape: triton_attend.Shape, target: str = TARGETS[0],
+            tried: bool = False) -> tuple[list[Kernel], list[str]]:
+    """The kernels of a store on a target, and why one is missing where it is.
+
+    `tried`: kvc.attend's in all the ways that tuning tries, not the default alone.
+    """
     found, reasons = [], []
     planes = _planes(store, shape.dims, shape.dtype)
     own = POINTERS[shape.dtype]
@@ -67,14 +71,15 @@ def kernels(store: Store, shape: triton_attend.Shape) -> tuple[list[Kernel], lis
     if why:
         reasons.append(f"attend: {why}")
     else:
-        cut = triton_attend.tile(store, shape)
         names = triton_attend.arguments(store, shape)
         given = {"q": own, "k": own, "v": own, "numbers": "*i32", "part": "*fp32",
                  "stats": "*fp32", **planes}
-        found.append(Kernel(triton_attend.name(store, shape, cut),
-                            triton_attend.source(store, shape, cut),
-                            {n: given.get(n, "i32") for n in names},
-                            {"tokens": 1} if shape.one else {}, cut.warps, cut.stages))
+        cuts = triton_tune.tiles(store, shape, target)
+        found += [Kernel(triton_attend.name(store, shape, cut),
+                         triton_attend.source(store, shape, cut),
+                         {n: given.get(n, "i32") for n in names},
+                         {"tokens": 1} if shape.one else {}, cut.warps, cut.stages)
+                  for cut in (cuts if tried else cuts[:1])]
     spec = triton_append.Shape(shape.heads, shape.dims, shape.dtype)
     why = triton_append.unsupported(store, shape.dims, shape.dtype)
     if why:

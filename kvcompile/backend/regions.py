@@ -22,8 +22,6 @@ from torch.fx.node import map_arg
 
 from kvcompile.ir import ATTEND
 
-PARTS = ("slice", "select", "split", "chunk", "unbind", "narrow")  # views that begin elsewhere
-
 
 def outline(gm: GraphModule) -> None:
     """Replace, in place, stretches of `gm` between attends that occur at least twice."""
@@ -111,13 +109,12 @@ class _Stretch:
         return GraphModule({}, graph)
 
     def _fresh(self, graph: Graph, new: dict[Node, Node], node: Node) -> Node:
-        """`node` in its own memory, as what a subgraph returns must be."""
-        root, part = node, False
-        while _is_view(root):
-            part = part or any(p in str(root.target) for p in PARTS)
-            root = root.all_input_nodes[0]
+        """`node` in its own memory and with the strides that what follows is always given."""
+        made = node
+        while str(made.target).startswith("aten.to."):  # which may return what it is given
+            made = made.all_input_nodes[0]
         roots = [_root(n) for n in self.taken]
-        if not part and root in self.own and roots.count(root) == 1:
+        if not _is_view(made) and made in self.own and roots.count(_root(node)) == 1:
             return new[node]
         return _contiguous(new[node])
 
