@@ -152,7 +152,7 @@ def caught(fault: Fault, copy: Path) -> str:
         path.write_text(text)
     if run.returncode in (4, 5):
         raise SystemExit(f"no tests: {fault.tests} -k {fault.only!r}")
-    failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", run.stdout, re.M)
+    failed = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - .*)?$", run.stdout, re.M)
     return failed[1] if failed and run.returncode == 1 else ""
 
 
