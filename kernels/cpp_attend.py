@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kvcompile.checks.rounding import Arithmetic
 from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE, term_of
 from kvcompile.format import Side as SideName
 from kvcompile.kernels.dense import CPP
-from kvcompile.rounding import Arithmetic
 from kvcompile.store import SIDES, Store
 
 FOLDER = Path(__file__).parent / "cpp"

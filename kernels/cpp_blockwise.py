@@ -4,9 +4,9 @@ from functools import cache
 
 import torch
 
+from kvcompile.checks.rounding import Arithmetic
 from kvcompile.kernels.cpp_attend import FILES as ONE_QUERY
 from kvcompile.kernels.cpp_attend import FOLDER, Shape, name, number, tiers
-from kvcompile.rounding import Arithmetic
 from kvcompile.store import Store
 
 FILES = (*ONE_QUERY, FOLDER / "product.h", FOLDER / "blockwise.h")

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from kvcompile.checks.rounding import Arithmetic
 from kvcompile.errors import KVCompileError
 from kvcompile.format import Side
 from kvcompile.ir import body
@@ -16,7 +17,6 @@ from kvcompile.kernels import pages
 from kvcompile.kernels.dense_attention import attend_row, causal, decode, tokens_first
 from kvcompile.kernels.dense_attention import mass as weight_of
 from kvcompile.kernels.rebuild import Rebuild
-from kvcompile.rounding import Arithmetic
 from kvcompile.store import SIDES, Store
 
 

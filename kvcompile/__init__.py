@@ -6,9 +6,9 @@ _here = Path(__file__).resolve().parent
 if not (_here / "passes").is_dir():  # a checkout: passes/, kernels/ and models/ lie beside us
     __path__.append(str(_here.parent))
 
-from kvcompile.artefacts import Calibration  # noqa: E402
 from kvcompile.cache import KVCache  # noqa: E402
-from kvcompile.calibrate import calibrate, load, save  # noqa: E402
+from kvcompile.calibration.artefacts import Calibration  # noqa: E402
+from kvcompile.calibration.calibrate import calibrate, load, save  # noqa: E402
 from kvcompile.errors import (  # noqa: E402
     CacheFullError,
     KVCompileError,

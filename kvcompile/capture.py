@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from kvcompile.errors import UnsupportedModelError
 from kvcompile.ir import argument, attention_nodes
-from kvcompile.lazy import LazyGraphModule
+from kvcompile.structure.lazy import LazyGraphModule
 
 log = logging.getLogger(__name__)
 
@@ -269,7 +269,7 @@ def source(node: torch.fx.Node) -> str:
 
 def _why(model: PreTrainedModel, error: Exception) -> str:
     """One line for a failed export: what failed, in which op, at which line of the model."""
-    from kvcompile.self_check import mixer
+    from kvcompile.checks.self_check import mixer
 
     text = next((x for x in str(error).splitlines() if x.strip()), type(error).__name__).strip()
     place, tb = "", error.__traceback__

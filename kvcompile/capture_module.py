@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from kvcompile.capture import _mutates, _plain, _why, evaluating, source
-from kvcompile.concrete import CASTS, Concrete, Inputs, Miss, argument, kind, value
-from kvcompile.emit import Emitter
 from kvcompile.errors import UnsupportedModelError
-from kvcompile.operands import MOVES, follow
-from kvcompile.positions import use_position_ids
-from kvcompile.recognize import recognize
 from kvcompile.rewrite import Refused
+from kvcompile.structure.concrete import CASTS, Concrete, Inputs, Miss, argument, kind, value
+from kvcompile.structure.emit import Emitter
+from kvcompile.structure.operands import MOVES, follow
+from kvcompile.structure.positions import use_position_ids
+from kvcompile.structure.recognize import recognize
 
 POSITIONS = ("position_ids", "positions", "input_pos", "pos")
 PADDING = ("attention_mask", "padding_mask")

@@ -12,28 +12,28 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from kvcompile import bench as benchmark
 from kvcompile import catalog
-from kvcompile import demo as demonstration
 from kvcompile.backend import offline
 from kvcompile.backend.offline import TARGETS as TARGETS
-from kvcompile.baseline import uncompressed
 from kvcompile.bench import GROUPS as GROUPS
 from kvcompile.bench.settings import Settings
 from kvcompile.errors import KVCompileError
-from kvcompile.evaluate import defaults
-from kvcompile.evaluate import evaluate as evaluated
 from kvcompile.explain import explain as explained
-from kvcompile.generate import timed
-from kvcompile.kernel_table import fallbacks
-from kvcompile.kernel_table import kernels as compiled_kernels
+from kvcompile.measure import demo as demonstration
+from kvcompile.measure.baseline import uncompressed
+from kvcompile.measure.evaluate import defaults
+from kvcompile.measure.evaluate import evaluate as evaluated
+from kvcompile.measure.generate import timed
+from kvcompile.measure.kernel_table import fallbacks
+from kvcompile.measure.kernel_table import kernels as compiled_kernels
+from kvcompile.measure.prose import prose
+from kvcompile.measure.recall import recall
+from kvcompile.measure.roofline import DEVICES as DEVICES
+from kvcompile.measure.roofline import Roofline, Step, device
 from kvcompile.method import find_method
 from kvcompile.optimize import optimize
 from kvcompile.program import capture
-from kvcompile.prose import prose
-from kvcompile.recall import recall
 from kvcompile.recipe import Recipe
 from kvcompile.registry import module
-from kvcompile.roofline import DEVICES as DEVICES
-from kvcompile.roofline import Roofline, Step, device
 from kvcompile.show import progress
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

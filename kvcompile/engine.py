@@ -38,7 +38,7 @@ class Engine:
         self._graphs: dict[str, GraphModule] = {}
         self.alone = Alone(compile)
         self.warned = False
-        self.taps: list[Tensor] = []  # what a graph gives beside logits and ok (kvcompile/audit.py)
+        self.taps: list[Tensor] = []  # what a graph gives beside logits and ok (checks/audit.py)
 
     def run(self, cache: OwnCache, ids: Tensor, positions: Tensor, valid: Tensor,
             keep: Tensor, embeds: Tensor | None = None, question: int = 0) -> Tensor:

@@ -12,9 +12,9 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvcompile.baseline import Uncompressed, uncompressed
 from kvcompile.errors import CacheFullError, KVCompileError
 from kvcompile.format import PAGE
+from kvcompile.measure.baseline import Uncompressed, uncompressed
 from kvcompile.optimize import Optimized
 from kvcompile.plan import runs
 from kvcompile.program import Program, capture

@@ -12,7 +12,7 @@ from kvcompile.recipe import Slice, Term, Value
 from kvcompile.registry import plugins
 
 if TYPE_CHECKING:
-    from kvcompile.calibration import Samples
+    from kvcompile.calibration.samples import Samples
 
 Axes: TypeAlias = Mapping[str, Value]
 

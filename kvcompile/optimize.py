@@ -9,17 +9,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from kvcompile.artefacts import Calibration
-from kvcompile.audit import audit
-from kvcompile.audit_report import Audit
 from kvcompile.backend.inductor import check_compiler
 from kvcompile.cache import KVCache
+from kvcompile.calibration.artefacts import Calibration
+from kvcompile.checks.audit import audit
+from kvcompile.checks.audit_report import Audit
+from kvcompile.checks.self_check import self_check
 from kvcompile.engine import Engine
 from kvcompile.errors import KVCompileError, UnsupportedModelError
 from kvcompile.own_cache import OwnCache
 from kvcompile.program import Program, capture
 from kvcompile.recipe import Recipe
-from kvcompile.self_check import self_check
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
-from kvcompile.calibration import Text, calibrated, checked, uncalibrated
+from kvcompile.calibration.samples import Text, calibrated, checked, uncalibrated
 from kvcompile.capture import export
 from kvcompile.capture_module import export_module
 from kvcompile.errors import KVCompileError, nearest

@@ -16,10 +16,10 @@ from torch.fx import Graph, GraphModule
 
 from kvcompile.errors import KVCompileError
 from kvcompile.ir import argument, attention_nodes
-from kvcompile.lazy import LazyGraphModule
 from kvcompile.plan import LayerPlan
 from kvcompile.registry import plugins
 from kvcompile.site import owners
+from kvcompile.structure.lazy import LazyGraphModule
 from kvcompile.verify import verify
 
 log = logging.getLogger(__name__)

@@ -13,10 +13,10 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from kvcompile.ir import ATTENTION, argument
-from kvcompile.layout import Layout, Made, Segment
-from kvcompile.sources import split_bias, weight_of
 from kvcompile.store import Store
-from kvcompile.writer import Writer
+from kvcompile.structure.layout import Layout, Made, Segment
+from kvcompile.structure.sources import split_bias, weight_of
+from kvcompile.structure.writer import Writer
 
 aten = torch.ops.aten
 

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from kvcompile.alignment import Alignment, Rotary, align
-from kvcompile.calibration import Sample, Samples
+from kvcompile.calibration.alignment import Alignment, Rotary, align
+from kvcompile.calibration.samples import Sample, Samples
 from kvcompile.errors import RecipeError
 from kvcompile.ir import argument, attention_nodes
-from kvcompile.movement import CASTS, Probe, feeds, moves, packet
 from kvcompile.plan import LayerPlan
 from kvcompile.rewrite import Outcome, Refused, Rewritten
-from kvcompile.sources import Linear, sources
-from kvcompile.writer import Writer
+from kvcompile.structure.movement import CASTS, Probe, feeds, moves, packet
+from kvcompile.structure.sources import Linear, sources
+from kvcompile.structure.writer import Writer
 
 aten = torch.ops.aten
 LINEAR = {aten.linear: 1, aten.addmm: 2}  # where a linear has its weight

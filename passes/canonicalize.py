@@ -9,7 +9,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from kvcompile.ir import ATTENTION, ROPE, argument, attention_nodes
-from kvcompile.movement import (
+from kvcompile.plan import LayerPlan
+from kvcompile.rewrite import Outcome, Refused, Rewritten
+from kvcompile.structure.movement import (
     LARGE,
     Probe,
     chokepoints,
@@ -18,9 +20,7 @@ from kvcompile.movement import (
     origin,
     packet,
 )
-from kvcompile.plan import LayerPlan
-from kvcompile.rewrite import Outcome, Refused, Rewritten
-from kvcompile.rotation import Column, Rotation, Style, find_rotation, halves, width
+from kvcompile.structure.rotation import Column, Rotation, Style, find_rotation, halves, width
 
 aten = torch.ops.aten
 

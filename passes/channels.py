@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvcompile.prompt import Prompt
+from kvcompile.calibration.prompt import Prompt
 
 
 @dataclass(frozen=True)

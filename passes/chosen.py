@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from kvcompile.beside import output_weight, rotary
 from kvcompile.ir import KEEP, PRUNE, SCORE, argument
 from kvcompile.rule import Rule
 from kvcompile.site import Site
 from kvcompile.store import SIDES
+from kvcompile.structure.beside import output_weight, rotary
 
 aten = torch.ops.aten
 

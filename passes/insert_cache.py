@@ -23,7 +23,6 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from kvcompile.angles import Angles
 from kvcompile.ir import APPEND, ATTEND, EVICT, STORABLE, argument, attention_nodes
 from kvcompile.passes.chosen import Chosen
 from kvcompile.plan import LayerPlan
@@ -31,6 +30,7 @@ from kvcompile.rewrite import Outcome, Rewritten
 from kvcompile.rule import Rule
 from kvcompile.site import Site, groups, sites
 from kvcompile.store import SIDES
+from kvcompile.structure.angles import Angles
 
 aten = torch.ops.aten
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompile.calibration import Samples
+from kvcompile.calibration.samples import Samples
 from kvcompile.errors import RecipeError
 from kvcompile.method import Axes, Method, Param
 from kvcompile.recipe import Value

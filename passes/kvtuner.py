@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvcompile.calibration import Samples
+from kvcompile.calibration.samples import Samples
+from kvcompile.calibration.stored_attention import attend, relative
 from kvcompile.method import Axes, Method, Param
 from kvcompile.passes.methods import groups, kivi_axes, residual
 from kvcompile.store import Store
-from kvcompile.stored_attention import attend, relative
 
 PAIRS = tuple((k, v) for k in (2, 4, 8) for v in (2, 4, 8))  # (bits of K, bits of V)
 

@@ -6,12 +6,12 @@ from typing import Any
 import networkx
 from torch import Tensor
 
-from kvcompile.alignment import Rotary, align
-from kvcompile.calibration import Sample, Samples
+from kvcompile.calibration.alignment import Rotary, align
+from kvcompile.calibration.samples import Sample, Samples
+from kvcompile.calibration.similarity import similarity
 from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE
 from kvcompile.method import Axes, Method, Param
-from kvcompile.similarity import similarity
 
 
 def _minicache(p: Mapping[str, Any]) -> list[Axes]:

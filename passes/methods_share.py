@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from kvcompile.calibration import Samples
+from kvcompile.calibration.samples import Samples
 from kvcompile.errors import RecipeError
 from kvcompile.method import Axes, Method, Param
 from kvcompile.recipe import Recipe, Term

@@ -16,18 +16,18 @@ from typing import ClassVar
 
 from torch.fx import GraphModule, Node
 
-from kvcompile.elements import Mixed, per_token, same_dtype, width
 from kvcompile.errors import RecipeError
 from kvcompile.format import bits_per_element
 from kvcompile.ir import ATTENTION, ROPE, argument, attention_nodes
-from kvcompile.layout import Layout, Made, lay, linear_input, made_of
-from kvcompile.movement import CASTS, feeds, moves, packet
 from kvcompile.passes.absorb import Absorber
 from kvcompile.passes.mincut import INFINITE, Network
 from kvcompile.plan import LayerPlan
 from kvcompile.rewrite import Outcome, Refused, Rewritten
-from kvcompile.sources import is_linear
 from kvcompile.store import SIDES, Store
+from kvcompile.structure.elements import Mixed, per_token, same_dtype, width
+from kvcompile.structure.layout import Layout, Made, lay, linear_input, made_of
+from kvcompile.structure.movement import CASTS, feeds, moves, packet
+from kvcompile.structure.sources import is_linear
 
 CHOICES = ("absorbed", "rope", "hidden")
 
@@ -225,7 +225,7 @@ class _merge:
 
 
 def _biased(k: Made, v: Made) -> bool:
-    from kvcompile.sources import split_bias
+    from kvcompile.structure.sources import split_bias
     return any(split_bias(n)[1] for made in (k, v) for s in made.segments for n in s.linears)
 
 

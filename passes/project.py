@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from kvcompile.calibration.factor import factor, rank_of, spectrum
 from kvcompile.errors import RecipeError
-from kvcompile.factor import factor, rank_of, spectrum
 from kvcompile.ir import argument, attention_nodes
-from kvcompile.movement import CASTS, feeds, moves, packet
 from kvcompile.plan import LayerPlan
 from kvcompile.rewrite import Outcome, Refused, Rewritten
-from kvcompile.sources import Linear, sources
 from kvcompile.store import SIDES
-from kvcompile.writer import Writer
+from kvcompile.structure.movement import CASTS, feeds, moves, packet
+from kvcompile.structure.sources import Linear, sources
+from kvcompile.structure.writer import Writer
 
 aten = torch.ops.aten
 

@@ -6,7 +6,6 @@ from typing import Any, ClassVar, cast
 
 from torch.fx import GraphModule, Node
 
-from kvcompile.beside import output_weight, rotary
 from kvcompile.errors import RecipeError
 from kvcompile.ir import ROPE, argument, attention_nodes
 from kvcompile.plan import LayerPlan
@@ -15,6 +14,7 @@ from kvcompile.rewrite import Outcome, Refused, Rewritten
 from kvcompile.rule import Rule, options
 from kvcompile.site import owners
 from kvcompile.store import Store
+from kvcompile.structure.beside import output_weight, rotary
 
 KEEP = "keep."
 

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from kvcompile.attention_error import attention_error
+from kvcompile.measure.attention_error import attention_error
 from kvcompile.models.smollm2 import smollm2, topics_ids
 
 RECIPES = (

@@ -26,9 +26,9 @@ from torch.nn.functional import cross_entropy
 
 import kvcompile
 from kvcompile.ir import SCORE, argument, attention_nodes
+from kvcompile.measure.prose import prose
+from kvcompile.measure.recall import example
 from kvcompile.models.smollm2 import smollm2, topics_ids
-from kvcompile.prose import prose
-from kvcompile.recall import example
 from kvcompile.rule import Rule
 
 TOKENS, SCORED = 4000, 65

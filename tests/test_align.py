@@ -6,7 +6,7 @@ from support import greedy, optimized, plain, prompt
 from torch._dynamo.exc import BackendCompilerFailed
 
 import kvcompile
-from kvcompile.alignment import Rotary, align, orthogonal, turn
+from kvcompile.calibration.alignment import Rotary, align, orthogonal, turn
 from kvcompile.models.tiny import tiny
 
 

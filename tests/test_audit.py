@@ -8,7 +8,7 @@ import torch
 from support import EVERY, greedy, optimized, plain, prompt
 
 import kvcompile
-from kvcompile.audit import audit, unchecked
+from kvcompile.checks.audit import audit, unchecked
 from kvcompile.errors import LawError
 from kvcompile.kernels import eager, pages
 from kvcompile.kernels.rebuild import Rebuild

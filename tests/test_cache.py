@@ -13,12 +13,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kvcompile.checks.view import slots
 from kvcompile.errors import CacheFullError, KVCompileError
 from kvcompile.ir import APPEND
 from kvcompile.own_cache import OwnCache
 from kvcompile.site import Site
 from kvcompile.store import SIDES, Store
-from kvcompile.view import slots
 
 HEADS, DIM, LAYERS, MOST = 2, 16, 2, 400
 STORES = ("store", "store(k=int(bits=4, axis=channel, group=16), k_block=128, v=int(bits=2), "

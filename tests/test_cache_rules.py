@@ -13,12 +13,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kvcompile.checks.view import slots
 from kvcompile.errors import KVCompileError
 from kvcompile.ir import APPEND, EVICT
 from kvcompile.own_cache import OwnCache
 from kvcompile.site import Site
 from kvcompile.store import SIDES, Store
-from kvcompile.view import slots
 
 HEADS, DIM, SINKS, RECENT = 2, 16, 2, 3
 STORES = ("store(slots=true)", "store(k=int, v=int(bits=4), slots=true)")

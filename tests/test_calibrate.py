@@ -7,7 +7,7 @@ import torch
 from support import greedy, optimized, plain, prompt
 
 import kvcompile
-from kvcompile.calibration import Samples
+from kvcompile.calibration.samples import Samples
 from kvcompile.errors import KVCompileError
 from kvcompile.models.tiny import tiny
 

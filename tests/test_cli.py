@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 import kvcompile
 from kvcompile import commands
 from kvcompile.cli import main
-from kvcompile.demo import compare
 from kvcompile.explain import explain
-from kvcompile.generate import timed
+from kvcompile.measure.demo import compare
+from kvcompile.measure.generate import timed
 from kvcompile.models import load as loading
 from kvcompile.models.tiny import tiny
 

@@ -9,12 +9,12 @@ from support import greedy, optimized, plain, prompt
 
 import kvcompile
 from kvcompile import commands
-from kvcompile import evaluate as module
 from kvcompile.cli import main
 from kvcompile.errors import KVCompileError
-from kvcompile.evaluate import HF, Evaluation, Score, defaults, evaluate
+from kvcompile.measure import evaluate as module
+from kvcompile.measure.evaluate import HF, Evaluation, Score, defaults, evaluate
+from kvcompile.measure.perplexity import forced_decode
 from kvcompile.models import load as loading
-from kvcompile.perplexity import forced_decode
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import torch
 from support import EVERY, optimized, plain, prompt
 
 import kvcompile
-from kvcompile.baseline import Uncompressed, cache_nbytes, uncompressed
 from kvcompile.engine import Engine
 from kvcompile.errors import CacheFullError, KVCompileError, RecipeError
 from kvcompile.explain import Report
+from kvcompile.measure.baseline import Uncompressed, cache_nbytes, uncompressed
 from kvcompile.models.decoder import Decoder
 from kvcompile.models.tiny import tiny
 from kvcompile.own_cache import OwnCache

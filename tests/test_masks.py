@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from kvcompile.concrete import Inputs, Miss, kind
-from kvcompile.masks import LARGE, Mask, Masks, Term
+from kvcompile.structure.concrete import Inputs, Miss, kind
+from kvcompile.structure.masks import LARGE, Mask, Masks, Term
 
 Found = Callable[..., Mask | str]
 

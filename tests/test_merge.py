@@ -10,7 +10,7 @@ from support import greedy, optimized, plain, prompt
 from transformers import AttentionInterface
 
 import kvcompile
-from kvcompile.calibration import Samples
+from kvcompile.calibration.samples import Samples
 from kvcompile.errors import KVCompileError, RecipeError
 from kvcompile.kernels.direction import Direction
 from kvcompile.models.tiny import tiny

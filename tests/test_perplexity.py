@@ -6,7 +6,7 @@ from support import optimized, plain, prompt
 from torch.nn.functional import cross_entropy
 
 from kvcompile.errors import KVCompileError
-from kvcompile.perplexity import Forced, forced_decode, forced_decodes
+from kvcompile.measure.perplexity import Forced, forced_decode, forced_decodes
 
 
 def scored(logits: torch.Tensor, ids: torch.Tensor, context: int) -> list[float]:

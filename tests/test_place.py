@@ -88,7 +88,7 @@ def test_latents_are_stored_by_any_recipe_that_fits(recipe):
 
 def test_decoding_over_a_coded_latent_is_the_stateless_graph():
     """Token by token from a prompt of one, as the graph with the store in it says."""
-    from kvcompile.perplexity import forced_decode
+    from kvcompile.measure.perplexity import forced_decode
 
     model, ids = wide("int8"), prompt(24)
     logits = stateless(model.kvcompile.program.graph_module, ids)

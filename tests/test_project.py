@@ -8,12 +8,12 @@ import torch
 from support import greedy, optimized, prompt
 
 import kvcompile
+from kvcompile.calibration.factor import factor, rank_of, spectrum
 from kvcompile.errors import KVCompileError, RecipeError
-from kvcompile.factor import factor, rank_of, spectrum
 from kvcompile.ir import attention_nodes
+from kvcompile.measure.perplexity import forced_decode
 from kvcompile.models.tiny import tiny
 from kvcompile.passes.project import progressive
-from kvcompile.perplexity import forced_decode
 from kvcompile.rewrite import Refused
 
 GOLDEN = Path(__file__).parent / "golden"

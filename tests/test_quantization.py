@@ -8,16 +8,16 @@ import torch
 from support import plain, prompt
 
 import kvcompile
-from kvcompile.attention_error import attention_error
-from kvcompile.calibration import Samples, calibrated
+from kvcompile.calibration.samples import Samples, calibrated
+from kvcompile.calibration.stored_attention import seen
 from kvcompile.errors import KVCompileError, RecipeError
+from kvcompile.measure.attention_error import attention_error
 from kvcompile.passes.kvquant import kmeans
 from kvcompile.passes.kvtuner import PAIRS, choose
 from kvcompile.plan import plan
 from kvcompile.program import capture
 from kvcompile.recipe import Recipe
 from kvcompile.store import Store
-from kvcompile.stored_attention import seen
 
 F16 = 2.0**-10  # what rounding scales and offsets to 16 bits may add, relative
 

@@ -5,7 +5,7 @@ import torch
 from support import needs_smollm2
 
 from kvcompile import KVCompileError
-from kvcompile.recall import example, recall
+from kvcompile.measure.recall import example, recall
 
 
 @pytest.mark.slow

@@ -22,8 +22,8 @@ from kvcompile.models.tiny import WINDOW, tiny
 from kvcompile.own_cache import OwnCache
 from kvcompile.program import Program
 from kvcompile.recipe import Recipe
-from kvcompile.recognize import recognize
 from kvcompile.rewrite import Refused, Rewritten
+from kvcompile.structure.recognize import recognize
 from kvcompile.verify import verify
 
 VOCAB, WIDTH, HEADS, DIM = 128, 32, 4, 8

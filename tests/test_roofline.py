@@ -11,7 +11,7 @@ from kvcompile.bench import roofline as bench
 from kvcompile.bench.settings import Settings
 from kvcompile.cli import main
 from kvcompile.errors import KVCompileError
-from kvcompile.roofline import (
+from kvcompile.measure.roofline import (
     DEVICES,
     Device,
     N,

@@ -9,10 +9,10 @@ from support import greedy, optimized, plain, prompt
 from transformers import AttentionInterface
 
 import kvcompile
-from kvcompile.calibration import Samples
+from kvcompile.calibration.samples import Samples
 from kvcompile.errors import KVCompileError, RecipeError
+from kvcompile.measure.perplexity import forced_decode
 from kvcompile.models.tiny import tiny
-from kvcompile.perplexity import forced_decode
 from kvcompile.plan import plan
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -12,15 +12,15 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import kvcompile.kernels.eager  # noqa: F401 (the bodies of the ops)
-import kvcompile.sources
+import kvcompile.structure.sources
 from kvcompile.capture import export
 from kvcompile.ir import ROPE, argument, attention_nodes
 from kvcompile.models.tiny import tiny
-from kvcompile.norms import Norm
 from kvcompile.passes.canonicalize import PASS
 from kvcompile.rewrite import Refused
-from kvcompile.sources import Linear, Source, sources
 from kvcompile.store import SIDES
+from kvcompile.structure.norms import Norm
+from kvcompile.structure.sources import Linear, Source, sources
 
 WIDTH, HEADS, DIM = 32, 4, 8
 
@@ -334,7 +334,7 @@ def test_refusals(model: type[OneLayer], reason: str) -> None:
 
 def test_fixed_sizes_that_are_too_large_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     gm, _ = traced(Chunks())
-    monkeypatch.setattr(kvcompile.sources, "LARGE", 100)
+    monkeypatch.setattr(kvcompile.structure.sources, "LARGE", 100)
     (node,) = attention_nodes(gm.graph)
     refused = sources(argument(node, "v"))
     assert isinstance(refused, Refused) and "trace with symbolic sizes" in refused.reason

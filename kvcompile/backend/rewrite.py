@@ -10,8 +10,8 @@ from kvcompile.errors import UnsupportedModelError
 from kvcompile.ir import DECODE, UPDATE, argument, attention_nodes
 from kvcompile.plan import plan
 from kvcompile.recipe import Recipe
-from kvcompile.recognize import recognize
 from kvcompile.rewrite import Refused, check_axes, passes, run_passes
+from kvcompile.structure.recognize import recognize
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default

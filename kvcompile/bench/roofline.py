@@ -7,8 +7,8 @@ from kvcompile.bench.attend import DTYPE, RECIPES, Attend
 from kvcompile.bench.row import Row, Target
 from kvcompile.bench.settings import Settings
 from kvcompile.bench.timing import in_turn
+from kvcompile.measure.roofline import N, attention_flops, read_bytes
 from kvcompile.plan import plan
-from kvcompile.roofline import N, attention_flops, read_bytes
 from kvcompile.site import Site
 from kvcompile.store import Store
 

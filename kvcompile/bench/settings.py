@@ -11,8 +11,8 @@ from kvcompile.bench.bandwidth import MIB as PROBE
 from kvcompile.bench.bandwidth import Bandwidth
 from kvcompile.bench.row import Target
 from kvcompile.errors import KVCompileError
+from kvcompile.measure.prose import prose
 from kvcompile.optimize import optimize
-from kvcompile.prose import prose
 from kvcompile.registry import module
 
 REFERENCE = "smollm2"  # the model that the targets are set for

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, QuantizedCache, StaticCache
 
-from kvcompile.baseline import cache_nbytes
 from kvcompile.bench.row import Row
 from kvcompile.bench.settings import Settings
 from kvcompile.bench.timing import in_turn
 from kvcompile.errors import KVCompileError
+from kvcompile.measure.baseline import cache_nbytes
 
 RECIPE = "kivi(bits=4)"
 RECIPES = {True: (RECIPE, "full"), False: (RECIPE, "kivi(bits=2)", "int8", "full")}  # by quick

@@ -8,9 +8,9 @@ import torch
 from hypothesis import event, reject
 from hypothesis import strategies as st
 
-from kvcompile.audit import audit
-from kvcompile.audit_report import Audit
-from kvcompile.calibration import calibrated
+from kvcompile.calibration.samples import calibrated
+from kvcompile.checks.audit import audit
+from kvcompile.checks.audit_report import Audit
 from kvcompile.errors import RecipeError
 from kvcompile.ir import attention_nodes
 from kvcompile.method import Method

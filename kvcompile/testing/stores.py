@@ -10,7 +10,7 @@ from hypothesis import assume, reject
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcompile.calibration import calibrated
+from kvcompile.calibration.samples import calibrated
 from kvcompile.errors import RecipeError
 from kvcompile.ir import APPEND, ATTEND, ATTENTION
 from kvcompile.method import Method

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from kvcompile.baseline import cache_nbytes
+from kvcompile.measure.baseline import cache_nbytes
 
 
 class Clock(BaseStreamer):

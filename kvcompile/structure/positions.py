@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from kvcompile.concrete import (
+from kvcompile.structure.concrete import (
     SYMBOLIC,
     Concrete,
     Inputs,
@@ -26,7 +26,7 @@ from kvcompile.concrete import (
     same_size,
     value,
 )
-from kvcompile.emit import Emitter
+from kvcompile.structure.emit import Emitter
 
 aten = torch.ops.aten
 FIRST, COUNT = 3, 4  # the positions that are compared: FIRST, FIRST + 1, ...

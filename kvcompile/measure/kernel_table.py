@@ -111,7 +111,8 @@ def kernels(program: Program, targets: Sequence[str], all_methods: bool = False,
         rebuilt = site.rebuilt or site.rotated
         labels = alike.setdefault((site.store, shape, rebuilt), [])
         labels += [] if label in labels else [label]
-    rows, missing, sources = [], [], {}
+    rows, missing = [], []
+    sources: dict[str, str] = {}
     for (store, shape, rebuilt), labels in alike.items():
         where = _short(labels) if all_methods else runs([*map(int, labels)])
         which = where if all_methods else where.split(" ", 1)[1]

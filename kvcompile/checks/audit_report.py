@@ -1,4 +1,4 @@
-"""What an audit of a model found (kvcompile/audit.py)."""
+"""What an audit of a model found (kvcompile/checks/audit.py)."""
 
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kvcompile.calibration import Sample
+from kvcompile.calibration.samples import Sample
 from kvcompile.format import Side
 from kvcompile.kernels.dense_attention import attend_row
 from kvcompile.store import SIDES, Store

@@ -19,21 +19,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvcompile.audit_report import Audit, LayerAudit, LogitsAudit
+from kvcompile.checks.audit_report import Audit, LayerAudit, LogitsAudit
+from kvcompile.checks.promise import contract, declared, selected, turned
+from kvcompile.checks.rounding import Arithmetic, rounding
+from kvcompile.checks.tapped import Taps, read, tapped
+from kvcompile.checks.view import see, slots
 from kvcompile.engine import Engine
 from kvcompile.errors import LawError
 from kvcompile.ir import attention_nodes
 from kvcompile.laws import Contract, View, bound, fault, oracle
 from kvcompile.own_cache import OwnCache
 from kvcompile.program import Program
-from kvcompile.promise import contract, declared, selected, turned
 from kvcompile.registry import module
-from kvcompile.rounding import Arithmetic, rounding
 from kvcompile.rows import fused
 from kvcompile.rule import Rule
 from kvcompile.site import Site, sites
-from kvcompile.tapped import Taps, read, tapped
-from kvcompile.view import see, slots
 
 STEPS = 8  # tokens that are decoded
 

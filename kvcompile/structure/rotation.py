@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from kvcompile.movement import CASTS, Planes, Probe, feeds, is_tensor, moves, packet
+from kvcompile.structure.movement import CASTS, Planes, Probe, feeds, is_tensor, moves, packet
 
 aten = torch.ops.aten
 

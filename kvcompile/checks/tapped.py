@@ -7,11 +7,11 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from kvcompile.beside import rotary
+from kvcompile.checks.promise import Rebuilt
 from kvcompile.ir import ATTEND, ATTENTION, argument
 from kvcompile.laws import How
-from kvcompile.promise import Rebuilt
 from kvcompile.rewrite import copy_graph
+from kvcompile.structure.beside import rotary
 
 OPTIONAL = ("sinks", "basis", "offset", "cos", "sin")
 

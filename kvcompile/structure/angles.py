@@ -8,7 +8,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from kvcompile.ir import argument
-from kvcompile.movement import origin
+from kvcompile.structure.movement import origin
 
 NAME = "positions_by_number"
 SIZE = torch.ops.aten.sym_size.int

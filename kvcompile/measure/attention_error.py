@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcompile.calibration import Samples, Text, calibrated, checked
+from kvcompile.calibration.samples import Samples, Text, calibrated, checked
+from kvcompile.calibration.stored_attention import attend, relative
 from kvcompile.errors import KVCompileError
 from kvcompile.format import bits_per_element
 from kvcompile.optimize import Optimized
@@ -19,7 +20,6 @@ from kvcompile.plan import plan
 from kvcompile.program import capture
 from kvcompile.recipe import Recipe
 from kvcompile.store import AXES, SIDES, Store
-from kvcompile.stored_attention import attend, relative
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.fx import Node
 
-from kvcompile.concrete import Miss, argument, kind, value
+from kvcompile.structure.concrete import Miss, argument, kind, value
 
 LETTERS = string.ascii_uppercase
 ROW, DEPTH = "<", ">"

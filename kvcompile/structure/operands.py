@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from kvcompile.concrete import CASTS, Concrete, Miss, argument, constant, kind, value
+from kvcompile.structure.concrete import CASTS, Concrete, Miss, argument, constant, kind, value
 
 MOVES = {"transpose", "permute", "t", "numpy_T", "mT", "swapaxes", "movedim", "view", "reshape",
          "_unsafe_view", "_reshape_alias", "flatten", "unflatten", "expand", "expand_as",

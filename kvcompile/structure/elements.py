@@ -15,7 +15,7 @@ import torch
 from torch import SymInt, Tensor
 from torch.fx import Node
 
-from kvcompile.movement import CASTS, Probe, feeds, moves, packet
+from kvcompile.structure.movement import CASTS, Probe, feeds, moves, packet
 
 
 @dataclass(frozen=True, eq=False)

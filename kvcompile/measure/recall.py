@@ -17,10 +17,10 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcompile.baseline import cache_nbytes
 from kvcompile.errors import KVCompileError
+from kvcompile.measure.baseline import cache_nbytes
+from kvcompile.measure.prose import prose
 from kvcompile.optimize import optimize
-from kvcompile.prose import prose
 from kvcompile.show import as_text, progress
 
 NAMES = ("London", "Cairo", "Lima", "Oslo", "Tokyo", "Paris")

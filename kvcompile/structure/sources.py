@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvcompile.ir import ROPE, argument
-from kvcompile.movement import CASTS, LARGE, Planes, Probe, constant, feeds, moves, packet
-from kvcompile.norms import Norm, find_norm
 from kvcompile.rewrite import Refused
+from kvcompile.structure.movement import CASTS, LARGE, Planes, Probe, constant, feeds, moves, packet
+from kvcompile.structure.norms import Norm, find_norm
 
 aten = torch.ops.aten
 

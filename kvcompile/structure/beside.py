@@ -6,7 +6,7 @@ import torch
 from torch.fx import Graph, Node
 
 from kvcompile.ir import ROPE, argument
-from kvcompile.movement import is_tensor, packet
+from kvcompile.structure.movement import is_tensor, packet
 
 aten = torch.ops.aten
 LAYOUT = {aten.transpose, aten.permute, aten.reshape, aten.view, aten.contiguous, aten.flatten,

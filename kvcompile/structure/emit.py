@@ -10,12 +10,12 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from kvcompile.concrete import Inputs, kind, same_size, value
 from kvcompile.ir import ATTENTION
-from kvcompile.operands import MOVES, Operand
+from kvcompile.structure.concrete import Inputs, kind, same_size, value
+from kvcompile.structure.operands import MOVES, Operand
 
 if TYPE_CHECKING:
-    from kvcompile.recognize import Site
+    from kvcompile.structure.recognize import Site
 
 aten = torch.ops.aten
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.fx import Interpreter
 from transformers import PreTrainedModel
 
-from kvcompile.baseline import cache_nbytes, uncompressed
 from kvcompile.errors import KVCompileError
 from kvcompile.ir import ATTEND
+from kvcompile.measure.baseline import cache_nbytes, uncompressed
+from kvcompile.measure.perplexity import forced_after, prefill
 from kvcompile.method import methods
 from kvcompile.optimize import optimize
-from kvcompile.perplexity import forced_after, prefill
 from kvcompile.show import as_text, progress
 
 HF = "Hugging Face"

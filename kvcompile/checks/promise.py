@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvcompile.calibration.prompt import Prompt
 from kvcompile.ir import ROPE
 from kvcompile.laws import Contract, View, projected, rotated
-from kvcompile.prompt import Prompt
 from kvcompile.store import Store
 
 

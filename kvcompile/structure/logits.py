@@ -14,10 +14,10 @@ from typing import Literal
 
 from torch.fx import Node
 
-from kvcompile.concrete import CASTS, Concrete, Miss, argument, constant, kind, value
-from kvcompile.masks import HIDDEN, Term
-from kvcompile.operands import scaling_of
-from kvcompile.products import PRODUCTS
+from kvcompile.structure.concrete import CASTS, Concrete, Miss, argument, constant, kind, value
+from kvcompile.structure.masks import HIDDEN, Term
+from kvcompile.structure.operands import scaling_of
+from kvcompile.structure.products import PRODUCTS
 
 SAME = {"clone", "contiguous", "alias", "detach", "dropout"}
 SHAPED = {"view", "reshape", "_unsafe_view", "expand", "unsqueeze", "squeeze", "flatten",

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from kvcompile import artefacts
-from kvcompile.artefacts import Calibration
-from kvcompile.calibration import Samples, checked
+from kvcompile.calibration import artefacts
+from kvcompile.calibration.artefacts import Calibration
+from kvcompile.calibration.samples import Samples, checked
+from kvcompile.calibration.similarity import similarity
 from kvcompile.errors import KVCompileError
 from kvcompile.optimize import Optimized, optimize
 from kvcompile.program import capture
 from kvcompile.recipe import Recipe
 from kvcompile.show import progress
-from kvcompile.similarity import similarity
 
 
 def calibrate(model: PreTrainedModel, recipe: str | Recipe, texts: Tensor | Sequence[str], *,

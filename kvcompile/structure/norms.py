@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from kvcompile.movement import CASTS, Probe, chokepoints, constant, feeds, packet
+from kvcompile.structure.movement import CASTS, Probe, chokepoints, constant, feeds, packet
 
 aten = torch.ops.aten
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from kvcompile.calibration import Sample
+from kvcompile.calibration.samples import Sample
 
 
 def similarity(samples: Sequence[Sample], side: str) -> Tensor:

@@ -15,7 +15,16 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from kvcompile.concrete import SYMBOLIC, Concrete, Failed, Inputs, Miss, ancestors, kind, value
+from kvcompile.structure.concrete import (
+    SYMBOLIC,
+    Concrete,
+    Failed,
+    Inputs,
+    Miss,
+    ancestors,
+    kind,
+    value,
+)
 
 HIDDEN = -9900.0  # exp of it is 0 in every dtype; models use -1e4, -1e9, finfo.min and -inf
 SMALL, LARGE = (5, 17, 40), 8192  # token counts that are tried; the most that can be

@@ -12,10 +12,10 @@ import torch
 from torch import SymInt, Tensor
 from torch.fx import Node
 
-from kvcompile.elements import Elements, Mixed, Tracer, width
 from kvcompile.ir import ROPE, argument
-from kvcompile.movement import packet
-from kvcompile.sources import is_linear, split_bias
+from kvcompile.structure.elements import Elements, Mixed, Tracer, width
+from kvcompile.structure.movement import packet
+from kvcompile.structure.sources import is_linear, split_bias
 
 aten = torch.ops.aten
 

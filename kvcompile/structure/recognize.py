@@ -17,7 +17,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from kvcompile.concrete import (
+from kvcompile.errors import UnsupportedModelError
+from kvcompile.ir import ATTENTION, attention_nodes
+from kvcompile.ir import argument as option
+from kvcompile.rewrite import Outcome, Refused, Rewritten
+from kvcompile.structure.concrete import (
     CASTS,
     SYMBOLIC,
     Concrete,
@@ -28,15 +32,11 @@ from kvcompile.concrete import (
     kind,
     value,
 )
-from kvcompile.emit import Emitter
-from kvcompile.errors import UnsupportedModelError
-from kvcompile.ir import ATTENTION, attention_nodes
-from kvcompile.ir import argument as option
-from kvcompile.logits import SAME, SHAPED, Walk
-from kvcompile.masks import Mask, Masks, Term
-from kvcompile.operands import Operand, per_head, sources
-from kvcompile.products import DEPTH, LETTERS, PRODUCTS, ROW, Side, scores_of, values_of
-from kvcompile.rewrite import Outcome, Refused, Rewritten
+from kvcompile.structure.emit import Emitter
+from kvcompile.structure.logits import SAME, SHAPED, Walk
+from kvcompile.structure.masks import Mask, Masks, Term
+from kvcompile.structure.operands import Operand, per_head, sources
+from kvcompile.structure.products import DEPTH, LETTERS, PRODUCTS, ROW, Side, scores_of, values_of
 
 SOFTMAX = {"softmax", "_softmax", "_safe_softmax", "special_softmax"}
 

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from kvcompile.explain import Report, explain
-from kvcompile.generate import Run, timed
+from kvcompile.measure.generate import Run, timed
+from kvcompile.measure.perplexity import Forced, forced_decodes
 from kvcompile.optimize import optimize
-from kvcompile.perplexity import Forced, forced_decodes
 from kvcompile.registry import module
 from kvcompile.show import as_text, progress
 
