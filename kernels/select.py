@@ -87,7 +87,7 @@ def keep(scores: list[Tensor], measures: list[Tensor], k: list[Tensor], v: list[
                 new = rule.merger.into(keys[row][:, own], values[row][:, own], each[i], chosen[i])
                 for x, changed in zip((keys, values), new, strict=True):
                     x[row][:, own] = changed.to(x.dtype)
-            if rule.positions != "original":
+            if rule.positions != "original" and len(own):
                 _turn(keys[row], kept[-1][i], positions[row], own, Prompt(
                     keys[row], keys[row], keys[row], positions[row, columns], 1.0,
                     angles=_angles(angles, row, columns), style=style))

@@ -172,6 +172,7 @@ QUICK = {
                         group=5, dims=(80, 64)),
     "direction": dict(store=MERGED.format(4), member=1, dims=(64, 96)),
     "direction-bf16": dict(store=MERGED.format(2), dtype=torch.bfloat16, group=4, member=1),
+    "channels": dict(store="store(k=channels(drop=0.5), v=channels(drop=0.25))"),
     "direction-window": dict(store="store(k=direction(of=dense, kept=0), v=direction(t=0.2), "
                                    "sinks=3, window=300, members=2)", member=0, group=1),
 }

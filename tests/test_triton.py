@@ -12,12 +12,12 @@ import torch
 from support import EVERY, plain
 
 import kvcompile
-from kvcompile import kernel_table
 from kvcompile.backend import gpu, offline
 from kvcompile.errors import KVCompileError
 from kvcompile.format import formats
 from kvcompile.ir import APPEND, ATTEND
 from kvcompile.kernels import triton_append, triton_attend, triton_source, triton_tune
+from kvcompile.measure import kernel_table
 from kvcompile.planes import Group
 from kvcompile.site import Site
 from kvcompile.store import Store

@@ -86,7 +86,9 @@ class Run:
                 own = every.row(b, valid[b])
                 if not first and own.k.shape[1]:
                     found.append(self._check(layer, b, before, own))
-                k, v = self.seen[layer][b]
+        for layer, every in enumerate(layers):  # layers stored together are checked together
+            for b in rows:
+                own, (k, v) = every.row(b, valid[b]), self.seen[layer][b]
                 self.seen[layer][b] = torch.cat([k, own.k], 1), torch.cat([v, own.v], 1)
                 if first and len(self.ids[b]):
                     self._given(layer, b, own)
