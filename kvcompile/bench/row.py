@@ -7,12 +7,14 @@ from typing import Any, Literal, NamedTuple
 
 
 class Target(NamedTuple):
-    """What the ratio (where there is no peer: our figure) must be."""
+    """What the ratio (where there is no peer: our figure) must be; 1 +- value: as near to 1."""
 
-    sign: Literal[">=", "<="]
+    sign: Literal[">=", "<=", "1 +-"]
     value: float
 
     def met(self, value: float) -> bool:
+        if self.sign == "1 +-":
+            return abs(value - 1) <= self.value
         return value >= self.value if self.sign == ">=" else value <= self.value
 
     def __str__(self) -> str:
