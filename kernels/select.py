@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kvcompile.calibration.prompt import Prompt
 from kvcompile.ir import body
+from kvcompile.prompt import Prompt
 from kvcompile.rule import Rule
 
 

@@ -18,8 +18,8 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from kvcompile.calibration.prompt import Prompt
 from kvcompile.errors import RecipeError, nearest
+from kvcompile.prompt import Prompt
 from kvcompile.recipe import Term, Value, parse_term
 from kvcompile.registry import plugins
 

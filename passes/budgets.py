@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvcompile.calibration.prompt import Prompt
 from kvcompile.errors import RecipeError
+from kvcompile.prompt import Prompt
 from kvcompile.recipe import Term
 from kvcompile.rule import named
 

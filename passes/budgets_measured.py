@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvcompile.calibration.prompt import Prompt
 from kvcompile.passes.budgets import UNBOUNDED, Sized, size
+from kvcompile.prompt import Prompt
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvcompile.calibration.prompt import Prompt
+from kvcompile.prompt import Prompt
 
 
 @dataclass(frozen=True)

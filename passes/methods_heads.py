@@ -78,7 +78,7 @@ def _duoattention(p: Mapping[str, Any]) -> list[Axes]:
 def retrieval(samples: Sequence[Sample], sinks: int, recent: int) -> list[torch.Tensor]:
     """[H] for each layer: the mean attention mass that the last half of the text gives to tokens
     that are neither among the first `sinks` nor the newest `recent`."""
-    from kvcompile.calibration.prompt import Prompt
+    from kvcompile.prompt import Prompt
 
     out = []
     for s in samples:
@@ -131,7 +131,7 @@ def _calibrate_razor(p: Mapping[str, Any], samples: Samples) -> Axes:
 def echoes(s: Sample, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """[H] each: the mean weight on the same token earlier, and on the one after it; the largest of
     a kv head's query heads. The text repeats every `length` tokens."""
-    from kvcompile.calibration.prompt import Prompt
+    from kvcompile.prompt import Prompt
 
     tokens = s.k.shape[2]
     x = Prompt(s.q[0], s.k[0], s.v[0], torch.arange(tokens), s.scale, s.softcap, tokens)

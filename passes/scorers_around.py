@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvcompile.calibration.prompt import Prompt
 from kvcompile.passes.merges import runs
+from kvcompile.prompt import Prompt
 from kvcompile.recipe import Term
 from kvcompile.rule import Around
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
-from kvcompile.calibration.prompt import Prompt
+from kvcompile.prompt import Prompt
 from kvcompile.recipe import Term
 from kvcompile.rule import Around, named
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from kvcompile.calibration.prompt import Prompt
 from kvcompile.kernels.rotary import rope
 from kvcompile.passes.scorers_attention import pooled
+from kvcompile.prompt import Prompt
 
 
 @dataclass(frozen=True)

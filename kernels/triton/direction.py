@@ -33,23 +33,24 @@ def across(x, N: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
+def alternating(y, LAST: tl.constexpr, TERMS: tl.constexpr):
+    """1 - y / ((a - 1) a) (1 - y / ((a + 1) (a + 2)) (...)), which ends at LAST (LAST + 1)."""
+    s = tl.full(y.shape, 1.0, tl.float64)
+    for i in tl.static_range(TERMS):
+        s = 1.0 - y * (1.0 / ((LAST - 2 * i) * (LAST + 1 - 2 * i))) * s
+    return s
+
+
+@triton.jit
 def sine(x):
     """sin x of an fp64 |x| <= pi / 2, by its series: the error is less than 2e-17."""
-    y = x * x
-    s = tl.full(x.shape, 1.0, tl.float64)
-    for i in tl.static_range(11):
-        s = 1.0 - y * (1.0 / ((22 - 2 * i) * (23 - 2 * i))) * s
-    return x * s
+    return x * alternating(x * x, 22, 11)
 
 
 @triton.jit
 def cosine_of(x):
     """cos x of an fp64 |x| <= pi / 2, by its series."""
-    y = x * x
-    s = tl.full(x.shape, 1.0, tl.float64)
-    for i in tl.static_range(12):
-        s = 1.0 - y * (1.0 / ((23 - 2 * i) * (24 - 2 * i))) * s
-    return s
+    return alternating(x * x, 23, 12)
 
 
 @triton.jit

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvcompile.calibration.prompt import Prompt
 from kvcompile.ir import ROPE
 from kvcompile.laws import Contract, View, projected, rotated
+from kvcompile.prompt import Prompt
 from kvcompile.store import Store
 
 
@@ -93,7 +93,10 @@ def turned(k: Tensor, held: Tensor, ids: Tensor, angles: Tensor, style: str
 
 class Rebuilt(NamedTuple):
     """Keys K_i = R_i (basis s_i + offset) of what is stored, s_i: basis [H', Dk, r], offset
-    [H', Dk], cos and sin [B or 1, 1, N, R] of N tokens by number, or of one row [N, R]."""
+    [H', Dk], cos and sin [B or 1, 1, N, R] of N tokens by number, or of one row [N, R].
+
+    It shares no code with kernels/rebuild.py, so that a fault there shows.
+    """
 
     basis: Tensor | None
     offset: Tensor | None
