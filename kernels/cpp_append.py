@@ -10,7 +10,8 @@ from kvcompile.kernels.cpp_attend import FOLDER, READERS, TIERS, missing, tiers
 from kvcompile.kernels.dense import CPP
 from kvcompile.store import SIDES, Store
 
-FILES = (*READERS, FOLDER / "append.h", FOLDER / "direction_writer.h")
+FILES = (*READERS, *(FOLDER / f"{name}.h" for name in (
+    "append", "wrapper_writer", "direction_writer", "lowrank_writer")))
 
 
 def unsupported(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> str | None:

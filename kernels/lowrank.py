@@ -10,7 +10,7 @@ from torch import Tensor
 from kvcompile.errors import RecipeError
 from kvcompile.format import Planes, Side, StepPlane
 from kvcompile.kernels.int_group import F16_MAX
-from kvcompile.kernels.wrapper import Wrapper
+from kvcompile.kernels.wrapper import Wrapper, total
 from kvcompile.recipe import Term
 
 STEPS = 3  # of the iteration
@@ -22,7 +22,8 @@ FACTOR, MODULUS = 40503, 65536  # close to the golden ratio: multiples spread ev
 class Lowrank(Wrapper):
     """x -> of(x) + a b: a [block, rank], b [rank, dim] in fp16, the best fit to x - of(x).
 
-    GEAR's error feedback (arXiv:2403.05527, section 3), by subspace iteration.
+    GEAR's error feedback (arXiv:2403.05527, section 3), by subspace iteration. Every sum is made in
+    one order, so that the kernels get the same bits.
     """
 
     of: Term = Term("int")
@@ -47,12 +48,13 @@ class Lowrank(Wrapper):
         inside = self.inner.encode(x, side)
         error = (x - self.inner.decode(inside, dim, torch.float32, side)).unflatten(
             -2, (-1, self.step))
-        basis = _start(dim, self.rank).to(x.device)
+        turned, right = error.mT.contiguous(), _start(dim, self.rank).to(x.device)
+        right = right.expand(*error.shape[:-2], self.rank, dim)
         for _ in range(STEPS):
-            basis = torch.linalg.qr(error.mT @ (error @ basis)).Q      # [..., dim, rank]
-        b = basis.mT.to(torch.float16)
-        a = (error @ basis).mT.clamp(-F16_MAX, F16_MAX).to(torch.float16)
-        return {**self.join(inside, dim, side), "a": a, "b": b}
+            right = _orthonormal(_times(turned, _times(error, right)))
+        left = _times(error, right).clamp(-F16_MAX, F16_MAX)
+        return {**self.join(inside, dim, side), "a": left.to(torch.float16),
+                "b": right.to(torch.float16)}
 
     def decode(self, planes: dict[str, Tensor], dim: int, dtype: torch.dtype,
                side: Side) -> Tensor:
@@ -72,6 +74,12 @@ class Lowrank(Wrapper):
     def cpp(self, dim: int, dtype: torch.dtype, side: Side) -> str:
         """The C++ type that reads the planes (`kernels/cpp/wrapper.h`)."""
         return f"Lowrank<{self.inner_cpp(dim, dtype, side)}, {dim}, {self.step}, {self.rank}>"
+
+    def cpp_writer(self, dim: int, dtype: torch.dtype, side: Side) -> str:
+        """The C++ type that writes the planes (`kernels/cpp/lowrank_writer.h`)."""
+        inside = self.inner_writer(dim, dtype, side)
+        return (f"LowrankWriter<{inside}, {self.cpp(dim, dtype, side)}, {dim}, {self.step}, "
+                f"{self.rank}, {STEPS}, {FACTOR}, {MODULUS}>")
 
     def triton(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]) -> str:
         """The tile of decoded numbers (`kernels/triton/lowrank.py`)."""
@@ -94,10 +102,30 @@ class Lowrank(Wrapper):
 
 @cache
 def _start(dim: int, rank: int) -> Tensor:
-    """Where the iteration starts: fixed, so that equal tokens are stored equally; and whole
-    numbers' multiples modulo another, so that a kernel starts there too."""
-    many = torch.arange(1, dim + 1)[:, None] * torch.arange(1, 2 * rank, 2)
+    """[rank, dim] where the iteration starts: fixed, so that equal tokens are stored equally; and
+    whole numbers' multiples modulo another, so that a kernel starts there too."""
+    many = torch.arange(1, 2 * rank, 2)[:, None] * torch.arange(1, dim + 1)
     return (many * FACTOR % MODULUS - MODULUS // 2).float() / MODULUS
+
+
+def _times(m: Tensor, rows: Tensor) -> Tensor:
+    """m [..., A, B], rows [..., r, B] -> [..., r, A]: m times each row."""
+    return torch.stack([total(m * row[..., None, :]).squeeze(-1) for row in rows.unbind(-2)], -2)
+
+
+def _orthonormal(rows: Tensor) -> Tensor:
+    """The rows [..., r, D] as an orthonormal basis by Gram-Schmidt, each row twice (Kahan); a row
+    that lies among those before it becomes 0."""
+    done = rows[..., :0, :]
+    for x in rows.split(1, -2):
+        before = total(x * x)
+        for _ in range(2 if done.shape[-2] else 0):
+            x = x - total((done * total(done * x)).mT).mT
+        size = total(x * x)
+        length = size.double().sqrt().float()  # torch rounds fp32 oddly
+        x = torch.where(size > before * 1e-12, x / length, 0.0)
+        done = torch.cat([done, x], -2)
+    return done
 
 
 FORMAT = Lowrank

@@ -94,7 +94,7 @@ class Wrapper(ABC):
 
 def total(x: Tensor) -> Tensor:
     """The sum over the last dim, kept: half of it added to the other, so that every machine and
-    the kernels (`kernels/cpp/append.h`) get the same bits."""
+    the kernels (`kernels/cpp/wrapper_writer.h`) get the same bits."""
     while (n := x.shape[-1]) > 1:
         x = torch.cat([x[..., : n // 2] + x[..., n // 2 : n // 2 * 2], x[..., n // 2 * 2 :]], -1)
     return x

@@ -118,9 +118,25 @@ template <bool K, int D, int BITS> inline long place_of(int token, int channel, 
 }
 
 // Writes the tokens of whole steps into a page: x [n][D], the first is token `at` of the page.
+// `decode` reads them back, where there is one, in the very bits that the plain body decodes.
 template <bool K, int D, class V, class Fit, Axis AXIS, int GROUP, class S, bool LOW> struct CodedWriter {
+    using Reader = std::conditional_t<K, CodedK<D, V, AXIS, GROUP, S, LOW>, CodedV<D, V, AXIS, GROUP, S, LOW>>;
+
+    static float number(const Reader& reader, int token, int channel) {
+        int shift;
+        long byte = place_of<K, D, V::bits>(token, channel, shift);
+        long scale = AXIS == channel_axis ? (long)token / GROUP * D + channel : (long)channel / GROUP * PAGE + token;
+        float y = Code<V>::value(reader.codes[byte] >> shift & ((1 << V::bits) - 1)) * number_of(reader.scale[scale]);
+        if constexpr (LOW) y = y + number_of(reader.low[scale]);
+        return y;
+    }
+
+    static void decode(const void* const* plane, long page, int at, float (*out)[D], int n) {
+        Reader reader(plane, page);
+        for (int t = 0; t < n; t++) for (int c = 0; c < D; c++) out[t][c] = number(reader, at + t, c);
+    }
+
     static void write(const void* const* plane, long page, int at, const float (*x)[D], int n) {
-        using Reader = std::conditional_t<K, CodedK<D, V, AXIS, GROUP, S, LOW>, CodedV<D, V, AXIS, GROUP, S, LOW>>;
         Reader reader(plane, page);
         uint8_t* codes = const_cast<uint8_t*>(reader.codes);
         S *scales = const_cast<S*>(reader.scale), *lows = const_cast<S*>(reader.low);
@@ -159,116 +175,10 @@ template <int D, class T> struct DenseWriter {
         T* data = (T*)plane[0] + (page * PAGE + at) * D;
         for (int t = 0; t < n; t++) for (int d = 0; d < D; d++) kvc::write(data + t * D + d, x[t][d]);
     }
-};
 
-// The sum of n numbers, half of them added to the other half, in place.
-inline float total(float* x, int n) {
-    for (int half = n / 2; n > 1; half = n / 2) {
-        for (int i = 0; i < half; i++) x[i] = x[i] + x[half + i];
-        if (n % 2) x[half] = x[n - 1];
-        n = half + n % 2;
-    }
-    return x[0];
-}
-
-// Writers of formats around a format hand on what is left of a page's tokens.
-template <class Inner, class Reader, int D> struct HadamardWriter {
-    static void write(const void* const* plane, long page, int at, const float (*x)[D], int n) {
-        static thread_local std::vector<float> room(PAGE * D);
-        float (*turned)[D] = (float (*)[D])room.data();
-        std::memcpy(turned, x, n * sizeof(*x));
-        for (int t = 0; t < n; t++) Reader::turn(turned[t]);
-        Inner::write(plane, page, at, turned, n);
-    }
-};
-
-template <class Inner, class Reader, int D, int STEP> struct CenteredWriter {
-    static void write(const void* const* plane, long page, int at, const float (*x)[D], int n) {
-        static thread_local std::vector<float> room(PAGE * D);
-        float (*rest)[D] = (float (*)[D])room.data();
-        half* means = const_cast<half*>(Reader(plane, page).mean) + at / STEP * D;
-        for (int from = 0; from < n; from += STEP, means += D)
-            for (int c = 0; c < D; c++) {
-                float values[STEP];
-                for (int t = 0; t < STEP; t++) values[t] = x[from + t][c];
-                means[c] = as_half(total(values, STEP) / (float)STEP);
-                for (int t = from; t < from + STEP; t++) rest[t][c] = x[t][c] - read(means + c);
-            }
-        Inner::write(plane, page, at, rest, n);
-    }
-};
-
-template <class Inner, class Reader, int D, int STEP> struct ScaledWriter {
-    static void write(const void* const* plane, long page, int at, const float (*x)[D], int n) {
-        static thread_local std::vector<float> room(PAGE * D);
-        float (*rest)[D] = (float (*)[D])room.data();
-        half* scales = const_cast<half*>(Reader(plane, page).channel) + at / STEP * D;
-        for (int from = 0; from < n; from += STEP, scales += D)
-            for (int c = 0; c < D; c++) {
-                float most = 0.0f;
-                for (int t = from; t < from + STEP; t++) most = std::max(most, std::fabs(x[t][c]));
-                scales[c] = round_up(std::sqrt(most));
-                if (read(scales + c) < 0x1p-12f) scales[c] = as_half(0x1p-12f);
-                for (int t = from; t < from + STEP; t++) rest[t][c] = x[t][c] / read(scales + c);
-            }
-        Inner::write(plane, page, at, rest, n);
-    }
-};
-
-template <class Inner, class Reader, int N> struct OutliersWriter;
-template <bool K, int D, class V, class Fit, Axis AXIS, int GROUP, class S, bool LOW, class Reader, int N>
-struct OutliersWriter<CodedWriter<K, D, V, Fit, AXIS, GROUP, S, LOW>, Reader, N> {
-    static constexpr bool channels = AXIS == channel_axis;
-    static constexpr int GROUPS = D / (channels ? 1 : GROUP);  // of a step
-
-    static void write(const void* const* plane, long page, int at, const float (*x)[D], int n) {
-        static thread_local std::vector<float> room(PAGE * D);
-        float (*dense)[D] = (float (*)[D])room.data();
-        Reader reader(plane, page);
-        uint8_t* places = const_cast<uint8_t*>(reader.place);
-        half* rests = const_cast<half*>(reader.rest);
-        for (int from = 0; from < n; from += channels ? GROUP : 1)
-            for (int g = 0; g < GROUPS; g++) {
-                auto in = [&](auto* y, int i) -> auto& { return channels ? y[from + i][g] : y[from][g * GROUP + i]; };
-                float values[GROUP], far[GROUP];
-                bool out[GROUP] = {};
-                for (int i = 0; i < GROUP; i++) values[i] = in(x, i);
-                float mean = total(values, GROUP) / (float)GROUP;
-                for (int i = 0; i < GROUP; i++) far[i] = std::fabs(in(x, i) - mean);
-                for (int k = 0; k < N; k++) {  // of equals the first
-                    int best = -1;
-                    for (int i = 0; i < GROUP; i++)
-                        if (!out[i] && (best < 0 || far[i] > far[best])) best = i;
-                    out[best] = true;
-                }
-                for (int i = 0; i < GROUP; i++) values[i] = out[i] ? 0.0f : in(x, i);
-                mean = total(values, GROUP) / (float)(GROUP - N);
-                for (int i = 0, k = 0; i < GROUP; i++) {
-                    in(dense, i) = out[i] ? mean : in(x, i);
-                    if (out[i]) places[where(at + from, g, k++)] = (uint8_t)i;
-                }
-            }
-        CodedWriter<K, D, V, Fit, AXIS, GROUP, S, LOW>::write(plane, page, at, dense, n);
-        for (int from = 0; from < n; from += channels ? GROUP : 1)
-            for (int g = 0; g < GROUPS; g++)
-                for (int k = 0; k < N; k++) {
-                    long entry = where(at + from, g, k);
-                    int i = places[entry], t = channels ? from + i : from, c = channels ? g : g * GROUP + i;
-                    rests[entry] = as_half(x[t][c] - stored(reader.inner, at + t, c));
-                }
-    }
-
-    static long where(int token, int group, int k) {
-        return channels ? ((long)token / GROUP * D + group) * N + k : ((long)group * N + k) * PAGE + token;
-    }
-
-    template <class Coded> static float stored(const Coded& coded, int token, int channel) {
-        int shift;
-        long byte = place_of<K, D, V::bits>(token, channel, shift);
-        long scale = channels ? (long)token / GROUP * D + channel : (long)channel / GROUP * PAGE + token;
-        float y = Code<V>::value(coded.codes[byte] >> shift & ((1 << V::bits) - 1)) * number_of(coded.scale[scale]);
-        if constexpr (LOW) y = y + number_of(coded.low[scale]);
-        return y;
+    static void decode(const void* const* plane, long page, int at, float (*out)[D], int n) {
+        const T* data = (const T*)plane[0] + (page * PAGE + at) * D;
+        for (int t = 0; t < n; t++) for (int d = 0; d < D; d++) out[t][d] = read(data + t * D + d);
     }
 };
 

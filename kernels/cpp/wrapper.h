@@ -7,7 +7,7 @@ template <class Inner, int D, int SIZE> struct Hadamard : Inner {
     using Inner::Inner;
 
     static void turn(float* x) {
-        const float unit = 1.0f / std::sqrt((float)SIZE);
+        const float root = std::sqrt((float)SIZE);  // divided by, as the plain body does
         float a[SIZE], b[SIZE];
         for (int block = 0; block < D; block += SIZE) {
             std::memcpy(a, x + block, sizeof(a));
@@ -18,7 +18,7 @@ template <class Inner, int D, int SIZE> struct Hadamard : Inner {
                 }
                 std::memcpy(a, b, sizeof(a));
             }
-            for (int i = 0; i < SIZE; i++) x[block + i] = a[i] * unit;
+            for (int i = 0; i < SIZE; i++) x[block + i] = a[i] / root;
         }
     }
 
