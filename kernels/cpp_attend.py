@@ -94,8 +94,8 @@ def headers() -> tuple[str, ...]:
     return tuple(file.read_text() for file in FILES)
 
 
-def statements(store: Store, shape: Shape, threads: int) -> str:
-    """The statements: q, k, v, valid, sinks, plane0.., slot -> out, mass.
+def statements(store: Store, shape: Shape, threads: int, lse: bool = False) -> str:
+    """The statements: q, k, v, valid, sinks, plane0.., slot -> out, mass and, with `lse`, that.
 
     Planes hold all layers of a group, the count first; `slot` points to the layer's number, and
     `member`, where a slot holds several, to the one that attends. `<name>_size` and `_stride` are
@@ -114,7 +114,7 @@ def statements(store: Store, shape: Shape, threads: int) -> str:
     lines += [f"    [&](long b, long h) {{ return {x}_ + b * {x}_stride[0] + h * {x}_stride[1]; }},"
               for x in "qkv"]
     lines.append("    [&](long b, long h) { return out_ + (b * Config::H * Config::G + h) * "
-                 "Config::DV; });")
+                 "Config::DV; }" + (", const_cast<float*>(lse));" if lse else ");"))
     return "\n".join(lines)
 
 

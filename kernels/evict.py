@@ -16,6 +16,7 @@ from torch import Tensor
 from kvcompile.format import PAGE
 from kvcompile.ir import body
 from kvcompile.kernels import pages
+from kvcompile.kernels.rest import fold
 from kvcompile.rule import Rule
 from kvcompile.store import SIDES, Store
 
@@ -157,7 +158,7 @@ def drop(heads: Heads, rule: Rule, newest: Tensor, dims: tuple[int, int], dtype:
     if movable(heads.store):
         _tokens(heads, rule, score, position, over, dims, dtype, mover)
     else:
-        _pages(heads, score, over)
+        _pages(heads, score, over, dims, dtype)
 
 
 def _keys(heads: Heads, dims: tuple[int, int], dtype: torch.dtype, slots: int) -> Tensor:
@@ -187,6 +188,8 @@ def _tokens(heads: Heads, rule: Rule, score: Tensor, position: Tensor, over: Ten
         order = position.argsort(dim=-1, stable=True)
         order = order.gather(1, score.gather(1, order).argsort(dim=-1, stable=True))
         gone = torch.zeros_like(score, dtype=torch.bool).scatter(1, order, at < over[:, None])
+    if heads.store.rest:
+        fold(heads.store, heads.named, gone, dims, dtype)
     left = (heads.count - over)[:, None]
     hole, tail = gone & (at < left), ~gone & (at >= left) & (at < heads.count[:, None])
     ordered = torch.where(tail, at, LAST).sort(dim=-1).values       # the first hole: the first tail
@@ -216,7 +219,8 @@ def move(heads: Heads, dims: tuple[int, int], dtype: torch.dtype, sources: Tenso
             pool[to] = pool[source]
 
 
-def _pages(heads: Heads, score: Tensor, over: Tensor) -> None:
+def _pages(heads: Heads, score: Tensor, over: Tensor, dims: tuple[int, int], dtype: torch.dtype
+           ) -> None:
     """Pages of the body leave; the later ones move up, and those that left wait behind them."""
     store, counts = heads.store, heads.count.tolist()
     whole = torch.tensor([min(store.spans(s, n)["body"].end for s in SIDES) // PAGE
@@ -227,6 +231,8 @@ def _pages(heads: Heads, score: Tensor, over: Tensor) -> None:
     leave = torch.where(over >= PAGE, over // PAGE, 0).minimum(mean.isfinite().sum(1))
     ranks = mean.argsort(dim=-1, stable=True).argsort(-1)
     gone = ranks < leave[:, None]
+    if store.rest:
+        fold(store, heads.named, gone.repeat_interleave(PAGE, 1), dims, dtype)
     for key in ("slots.all", *(f"{s}.{t}" for s in SIDES for t in store.tiers(s))):
         table, (side, tier) = heads.table(key), key.split(".")
         ring = store.ring(side, tier)

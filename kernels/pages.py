@@ -33,12 +33,12 @@ class Tier:
             pages = self.table[row, heads]
             return torch.empty(pages.shape[0], 0, self.dim, dtype=self.dtype, device=pages.device)
         if self.ring is None or end <= self.ring:
-            x = self._decode(self.table[row, heads, start // PAGE : -(-end // PAGE)])
+            x = self.decode(self.table[row, heads, start // PAGE : -(-end // PAGE)])
             return x[:, start % PAGE : start % PAGE + end - start]
-        x = self._decode(self.table[row, heads, : self.ring // PAGE])
+        x = self.decode(self.table[row, heads, : self.ring // PAGE])
         return x.index_select(1, torch.arange(start, end, device=x.device) % self.ring)
 
-    def _decode(self, pages: Tensor) -> Tensor:
+    def decode(self, pages: Tensor) -> Tensor:
         """pages [h, p] -> [h, p * PAGE, dim]; of dense pages that lie together, a view."""
         h, p = pages.shape
         ids = pages.tolist()

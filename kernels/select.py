@@ -77,7 +77,7 @@ def keep(scores: list[Tensor], measures: list[Tensor], k: list[Tensor], v: list[
     them."""
     parsed, probe = [Rule.parse(r) for r in rules], int(hints[0])
     kept: list[list[list[Tensor]]] = []             # row, layer, head
-    both = [[x.clone() if r.merge or r.positions != "original" else x for x, r in
+    both = [[x.clone() if r.merge and not r.apart or r.positions != "original" else x for x, r in
              zip(xs, parsed, strict=True)] for xs in (k, v)]
     for row, columns, own in _rows(valid, probe):
         each = [s[row][:, own] for s in scores]
@@ -85,7 +85,7 @@ def keep(scores: list[Tensor], measures: list[Tensor], k: list[Tensor], v: list[
         kept.append([[own[at] for at in heads] for heads in chosen])
         for i, rule in enumerate(parsed):
             keys, values = (x[i] for x in both)
-            if rule.merge:
+            if rule.merge and not rule.apart:
                 new = rule.merger.into(keys[row][:, own], values[row][:, own], each[i], chosen[i])
                 for x, changed in zip((keys, values), new, strict=True):
                     x[row][:, own] = changed.to(x.dtype)

@@ -81,7 +81,8 @@ class Alone:
                **options: Any) -> tuple[Tensor, ...]:
         """As the op; only o where a kernel gives it."""
         parsed, dims = Store.parse(store), (k.shape[-1], v.shape[-1])
-        if options.get("mass") or _rebuilt(options) or self._no_kernel(parsed, q, k, v, valid):
+        if options.get("mass") or parsed.rest or _rebuilt(options) or self._no_kernel(
+                parsed, q, k, v, valid):
             return ATTEND(q, k, v, planes, positions, valid, sinks, store=store, slot=slot,
                           **options)
         own = _of_layer(parsed, dims, k.dtype, planes, slot)

@@ -56,7 +56,8 @@ class Engine:
                 ids, positions, valid, probe = self._probed(ids, positions, valid)
                 hints = (torch.tensor([probe, question], device=valid.device),)
         elif tokens == 1 and self.compile and embeds is None:
-            call = self.step(batch, valid.device)
+            call = self.step(batch, valid.device)  # compiled for rows that lie side by side
+            ids, positions, valid = (x.contiguous() for x in (ids, positions, valid))
         else:
             call = self._eager("extend", embeds)
         logits, ok, *self.taps = call(ids, positions, valid, keep, *planes, *hints)
@@ -78,7 +79,7 @@ class Engine:
 
     def _say_if_all(self, cache: OwnCache, kept: Sequence[Sequence[Tensor]]) -> None:
         """Say once that a budget was larger than a prompt."""
-        every = int(sum((at >= 0).sum() for _, _, at, _ in kept))
+        every = int(sum((at >= 0).sum() for _, _, at, *_ in kept))
         given = sum(s.heads for s in self.sites if s.rule) * sum(cache.new)
         if every == given and not self.warned and not all(
                 r.every or r.channels for r in self.rules):

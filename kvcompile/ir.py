@@ -10,6 +10,8 @@
     kvc.keep       K and V of the tokens that rules keep, gathered head by head
     kvc.prune      K without the channels that a head drops of its older tokens
     kvc.evict      note what a step attended to, and drop tokens of heads that hold too many
+    kvc.rest       of a prompt the mean K and V of what heads do not keep, and how much that is
+    kvc.beside     attention over one slot more, which stands for so many tokens
 
 Two more serve models that fill a KVCache by their own code. They take a handle of the cache, so
 that its planes may grow between calls without a graph noticing:
@@ -62,6 +64,12 @@ LIB.define(
     "evict(Tensor(a!)[] planes, Tensor[] mass, Tensor[] k, Tensor[] v, Tensor positions, "
     "Tensor valid, *, str store, str[] rules, int[] slots, int group=1, Tensor? ids=None) -> ()"
 )
+LIB.define("rest(Tensor k, Tensor v, Tensor columns, Tensor valid, Tensor hints) -> "
+           "(Tensor, Tensor, Tensor)")
+LIB.define(
+    "beside(Tensor q, Tensor o, Tensor lse, Tensor k, Tensor v, Tensor count, *, float scale, "
+    "float softcap=0.0, int slot=0, Tensor? at=None) -> Tensor"
+)
 LIB.define("rope(Tensor x, Tensor cos, Tensor sin, *, str style) -> Tensor")
 LIB.define(
     "append(Tensor(a!)[] planes, Tensor[] k, Tensor[] v, Tensor positions, Tensor valid, *, "
@@ -98,6 +106,8 @@ SCORE = torch.ops.kvc.score.default
 KEEP = torch.ops.kvc.keep.default
 PRUNE = torch.ops.kvc.prune.default
 EVICT = torch.ops.kvc.evict.default
+REST = torch.ops.kvc.rest.default
+BESIDE = torch.ops.kvc.beside.default
 OPS = (ATTENTION, ROPE, APPEND, ATTEND, STORABLE)
 
 
@@ -144,6 +154,11 @@ def _(  # type: ignore[no-untyped-def]
     planes, mass, k, v, positions, valid, *, store, rules, slots, group=1, ids=None,
 ):
     return None
+
+
+@torch.library.register_fake("kvc::beside", lib=LIB)
+def _(q, o, lse, k, v, count, *, scale, softcap=0.0, slot=0, at=None):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
 
 
 @torch.library.register_fake("kvc::update", lib=LIB)

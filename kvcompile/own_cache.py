@@ -132,13 +132,15 @@ class OwnCache(KVCache):
                     for rule, own in zip(rules, counts.tolist(), strict=True)]))
             self._reserve(group, counts)
             for slot, (own, at) in enumerate(zip(group.sites, places, strict=True)):
-                k, v, _, scores = given[own.layer]
+                k, v, _, scores, *rest = given[own.layer]
                 ids = self._ids[:, None, :tokens].expand(-1, site.heads, -1).to(at.device).gather(
                     2, at.clamp(min=0).long())
                 append(group.planes, [k], [v], ids, at >= 0, store=str(store), slots=[slot])
                 if store.slots:
                     module("kernels", "evict").fill(store, site.dims, site.dtype, group.planes,
                                                     slot, at, ids, scores)
+                for name, x in zip(("k", "v", "count") if rest else (), rest, strict=True):
+                    group.plane(f"rest_{name}")[slot] = x
                 self._kept[own.layer] = at.cpu()
 
     def _held(self, layer: int) -> list[list[Tensor]]:

@@ -28,7 +28,7 @@ class Group:
         places = (len(sites), batch, self.site.heads)
         for spec in self.specs:
             pages = (0,) if spec.name.endswith(".table") else ()
-            shape = (0, *spec.shape) if spec.shape else (*places, *pages)
+            shape = (0, *spec.shape) if spec.shape else (*places, *pages, *spec.each)
             self.planes.append(torch.zeros(shape, dtype=spec.dtype, device=device))
         keys = dict.fromkeys(name.rpartition(".")[0] for name, *_ in self.specs)
         self.pages = {key: torch.zeros(places, dtype=torch.int64) for key in keys if key}

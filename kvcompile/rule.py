@@ -62,7 +62,8 @@ class Budget(Protocol):
 
 
 class Merge(Protocol):
-    """What becomes of the tokens that are not kept."""
+    """What becomes of the tokens that are not kept. With a true attribute `apart` they are one
+    slot more of their head, which stands for so many tokens, and `into` is not called."""
 
     name: ClassVar[str]
 
@@ -159,6 +160,11 @@ class Rule:
     @cached_property
     def pruner(self) -> Any:
         return None if self.channels is None else named("channel", self.channels)
+
+    @property
+    def apart(self) -> bool:
+        """Whether dropped tokens are one slot more."""
+        return bool(getattr(self.merger, "apart", False))
 
     @property
     def needs(self) -> set[str]:

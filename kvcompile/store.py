@@ -41,11 +41,13 @@ class Span(NamedTuple):
 
 
 class Plane(NamedTuple):
-    """One tensor of a store: `shape` of a page for pools; tables and the count have none."""
+    """One tensor of a store: `shape` of a page for pools; tables and the count have none. `each`
+    is the shape of what there is one of for every head."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    each: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class Store:
 
     `members` layers may share a store: formats are then given their channels side by side.
     `v_in_k`: V is the first channels of K, as in multi-head latent attention, and has no planes.
+    `slots`: what is known of every token is stored, too; `rest`: one more slot of every head stands
+    for all that it has dropped.
     """
 
     k: Side
@@ -84,6 +88,7 @@ class Store:
     members: int = 1
     v_in_k: bool = False
     slots: bool = False
+    rest: bool = False
 
     @staticmethod
     @cache
@@ -95,7 +100,7 @@ class Store:
         axes |= {name: term.get(name) for name in ("sinks", "window", "v_in_k")}
         store = Store.of({a: v for a, v in axes.items() if v is not None})
         return replace(store, members=term.get("members", 1),  # type: ignore[arg-type]
-                       slots=bool(term.get("slots")))
+                       slots=bool(term.get("slots")), rest=bool(term.get("rest")))
 
     @staticmethod
     def of(axes: Mapping[str, object], own: int = 0) -> "Store":
@@ -132,8 +137,7 @@ class Store:
         args += [(n, getattr(self, n)) for n in ("sinks", "window", "v_in_k") if getattr(self, n)]
         if self.members > 1:
             args.append(("members", self.members))
-        if self.slots:
-            args.append(("slots", True))
+        args += [(n, True) for n in ("slots", "rest") if getattr(self, n)]
         return str(Term("store", tuple(args)))  # type: ignore[arg-type]
 
     def side(self, name: str) -> Side:
@@ -229,7 +233,8 @@ class Store:
         `count` is int32 [layers, batch, kv heads]; for each tier a `table`, int32 [layers, batch,
         kv heads, pages], and the format's planes, pools [pages, PAGE // step, *shape]. With
         `slots` there follow, paged alike, the position id and the score of every token, by its
-        number, and the number of tokens that a head may hold, `limit`.
+        number, and the number of tokens that a head may hold, `limit`; with `rest` the mean K and
+        V, in fp32, of the tokens that a head has dropped, and their number.
         """
         planes = [Plane("count", torch.int32, ())]
         for name, dim in zip(SIDES, dims, strict=True):
@@ -244,6 +249,10 @@ class Store:
                        Plane("slots.all.position", torch.int32, (PAGE,)),
                        Plane("slots.all.score", torch.float32, (PAGE,)),
                        Plane("limit", torch.int32, ())]
+        if self.rest:
+            planes += [*(Plane(f"rest_{name}", torch.float32, (), (dim,))
+                         for name, dim in zip(SIDES, dims, strict=True)),
+                       Plane("rest_count", torch.int32, ())]
         return tuple(planes)
 
     def nbytes(self, dims: tuple[int, int], dtype: torch.dtype, heads: int, counts: list[int],
@@ -272,7 +281,7 @@ class Store:
                pages: Callable[[str, str], tuple[int, int]]) -> Iterator[int]:
         """Bytes of a layer's planes, where pages(side, tier) gives the tier's pages of all heads,
         and those of the fullest."""
-        yield 4 * heads * rows * (2 if self.slots else 1)
+        yield 4 * heads * rows * (1 + self.slots + self.rest * (1 + sum(dims)))
         bits = {SLOTS: 8 * PAGE}
         for name, dim in zip(SIDES, dims, strict=True):
             for tier in self.tiers(name):

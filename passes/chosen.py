@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from kvcompile.ir import KEEP, PRUNE, SCORE, argument
+from kvcompile.ir import KEEP, PRUNE, REST, SCORE, argument
 from kvcompile.rule import Rule
 from kvcompile.site import Site
 from kvcompile.store import SIDES
@@ -58,7 +58,11 @@ class Chosen:
                       rules=[site.rule for site, *_ in layers], style=style)
         parts = [self._call(operator.getitem, every, i) for i in range(4)]
         for i, (site, *_) in enumerate(layers):
-            self.found[site.layer] = [self._call(operator.getitem, p, i) for p in parts]
+            found = self.found[site.layer] = [self._call(operator.getitem, p, i) for p in parts]
+            if Rule.parse(site.rule).apart:
+                dropped = self._call(REST, k[i], v[i], found[2], argument(first, "valid"),
+                                     self.hints)
+                found += [self._call(operator.getitem, dropped, n) for n in range(3)]
 
     def stored(self, valid: Node) -> Node:
         """`valid` without the columns behind the prompt, which no layer stores."""
@@ -68,7 +72,8 @@ class Chosen:
         return self._call(aten.bitwise_and.Tensor, valid, prompt)
 
     def kept(self) -> list[list[Node]]:
-        """K, V, columns and scores of each layer with a rule, in order."""
+        """K, V, columns and scores of each layer with a rule, in order; and what kvc.rest says
+        of those that store it."""
         for layers in self.waiting.values():
             self._keep(layers)
         return [self.found[layer] for layer in sorted(self.found)]

@@ -1,4 +1,5 @@
-"""evict: a layer whose rule drops tokens while decoding knows the score of each that it holds."""
+"""evict: a layer whose rule drops tokens while decoding knows the score of each that it holds, and
+one that compensates for what it drops has a slot for that."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,8 @@ from kvcompile.store import SIDES, Store
 
 @dataclass(frozen=True)
 class Evict:
-    """attention(store, rule) -> attention(store with slots, rule), where the rule has `every`.
+    """attention(store, rule) -> attention(store with slots, rule), where the rule has `every`;
+    with `rest`, where what it drops is `apart`.
 
     Tokens leave one by one where each is stored by itself. Where a format encodes several together
     or tokens wait before they are encoded, whole pages of the body leave, since nothing is ever
@@ -36,12 +38,14 @@ class Evict:
             if rule and argument(node, "members"):
                 raise RecipeError(f"{said(plan[index])}: layer {index} is stored "
                                   "together with another, which would keep other tokens")
-            if not rule or not rule.every:
+            if not rule or not rule.every and not rule.apart:
                 continue
             store = Store.parse(argument(node, "store"))
-            how = _how(node, rule, store, said(plan[index]))
-            node.kwargs = cast(Any, {**node.kwargs, "store": str(replace(store, slots=True))})
-            outcomes.append(Rewritten(index, how))
+            how = [_how(node, rule, store, said(plan[index]))] if rule.every else []
+            how += ["one slot more for what is dropped"] if rule.apart else []
+            store = replace(store, slots=bool(rule.every), rest=rule.apart)
+            node.kwargs = cast(Any, {**node.kwargs, "store": str(store)})
+            outcomes.append(Rewritten(index, ", ".join(how)))
         return outcomes
 
 

@@ -23,13 +23,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from kvcompile.ir import APPEND, ATTEND, EVICT, STORABLE, argument, attention_nodes
+from kvcompile.ir import APPEND, ATTEND, BESIDE, EVICT, STORABLE, argument, attention_nodes
 from kvcompile.passes.chosen import Chosen
 from kvcompile.plan import LayerPlan
 from kvcompile.rewrite import Outcome, Rewritten
 from kvcompile.rule import Rule
 from kvcompile.site import Site, groups, sites
-from kvcompile.store import SIDES
+from kvcompile.store import SIDES, Store
 from kvcompile.structure.angles import Angles
 
 aten = torch.ops.aten
@@ -188,6 +188,11 @@ def _attend(graph: Graph, node: Node, planes: list[Node], slot: int, member: int
     every = _call(graph, ATTEND, q, k, v, planes, positions, valid, sinks, **options, slot=slot,
                   layer=argument(node, "layer"))
     o = _call(graph, operator.getitem, every, 0)
+    if Store.parse(options["store"]).rest:
+        own = {n.meta["plane"].name: n for n in planes}
+        o = _call(graph, BESIDE, q, o, _call(graph, operator.getitem, every, 1),
+                  *(own[f"rest_{what}"] for what in ("k", "v", "count")), slot=slot,
+                  **{n: options[n] for n in ("scale", "softcap")})
     o.meta = dict(node.meta)
     node.replace_all_uses_with(o)
     return _call(graph, operator.getitem, every, 2) if "mass" in options else None

@@ -1,4 +1,4 @@
-"""Merges: what becomes of the tokens that are not kept. Counts are 1, as published."""
+"""Merges: what becomes of the tokens that are not kept. Counts are 1, but for `Rest`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,6 +108,15 @@ class Runs:
         return new[0], new[1]
 
 
+@dataclass(frozen=True)
+class Rest:
+    """RazorAttention: one slot stands for all that a head drops, their mean, and counts them
+    (`kernels/rest.py`)."""
+
+    name: ClassVar[str] = "rest"
+    apart: ClassVar[bool] = True
+
+
 def runs(keys: Tensor, whole: Tensor, alike: float) -> list[tuple[int, int]]:
     """[start, end) of the runs of keys [T, D] in which neighbours have a cosine above `alike`;
     tokens that stay `whole` (bool [T]) are runs of their own."""
@@ -117,4 +126,4 @@ def runs(keys: Tensor, whole: Tensor, alike: float) -> list[tuple[int, int]]:
     return list(zip(ends, ends[1:], strict=False))
 
 
-MERGES = (CaM, Nearest, Runs)
+MERGES = (CaM, Nearest, Runs, Rest)

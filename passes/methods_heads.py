@@ -67,7 +67,7 @@ def _streams(heads: Sequence[int], p: Mapping[str, Any]) -> Axes:
     each = tuple(0 if full else p["sinks"] + p["recent"] for full in heads)
     budget = Term("byhead", (("of", each), *((("share", p["share"]),) if "share" in p else ())))
     return {"keep.score": Term("recency"), "keep.budget": budget, "keep.sinks": p["sinks"],
-            "keep.every": 1}
+            "keep.every": 1, **({"keep.merge": Term("rest")} if p.get("compensate") else {})}
 
 
 def _duoattention(p: Mapping[str, Any]) -> list[Axes]:
@@ -223,10 +223,11 @@ METHODS: tuple[Method, ...] = (
                 Param("induction", 0.14, minimum=0.0, maximum=1.0, help="share by induction score"),
                 *PROTECT, Param("recent", 4000, minimum=1, help="newest tokens the others keep"),
                 Param("share", 0.2, minimum=0.0, maximum=1.0, help="or that share, if it is more"),
+                Param("compensate", True, help="one token stands for all that a head drops"),
                 HEADS),
         axes=_duoattention, calibrate=_calibrate_razor,
-        note="retrieval heads keep all, others first and newest tokens; without the compensation "
-        "token",
+        note="retrieval heads keep all, others first and newest tokens, and the mean of "
+        "the dropped ones with their weight",
     ),
     Method(
         name="headkv", title="HeadKV", paper="arXiv:2410.19258", family="selection",

@@ -90,6 +90,9 @@ def _rule(node: Node, axes: Mapping[str, Any], index: int, ruled: list[int], own
         what = "turned" if rule.positions != "original" else "merged"
         raise RecipeError(f"{own.origin[KEEP + 'channels']}: layer {index}: kept keys are {what} "
                           f"by {term.name}, which fills channels that are dropped")
+    if rule.apart and rule.observes:
+        raise RecipeError(f"{term}: layer {index}: {rule.score.name} asks what each token gets of "
+                          "the weights, which one slot for all dropped tokens changes")
     missing = _missing(node, rule)
     if missing:
         raise RecipeError(f"{term}: layer {index}: {missing}")

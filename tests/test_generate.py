@@ -91,6 +91,29 @@ def test_beams_sampling_and_streaming_equal_hugging_face(capsys):
     assert texts[0] == texts[1] != ""
 
 
+def test_a_compiled_step_is_given_rows_side_by_side(monkeypatch):
+    """Positions that are left out are one row expanded, and a mask of bools is cut out of a wider
+    one: the compiled step reads neither."""
+    model = kvcompile.optimize(optimized("llama:2"), "full", compile=True)
+    engine, strides = model.kvcompile.engine, []
+    monkeypatch.setattr(engine, "compile", True)
+
+    def step(batch, device):
+        def call(ids, positions, valid, *rest):
+            strides.append([x.stride() for x in (ids, positions, valid)])
+            return engine.program.phases["extend"](ids, positions, valid, *rest)
+        return call
+
+    monkeypatch.setattr(engine, "step", step)
+    monkeypatch.setattr(engine.alone, "compile", False)
+    ids, mask = prompt(20, 2), torch.ones(2, 21, dtype=torch.bool)
+    cache = model(ids, attention_mask=mask[:, :20], use_cache=True).past_key_values
+    got = model(ids[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True).logits
+    assert strides == [[(1, 1)] * 3]
+    want = plain("llama:2")(torch.cat([ids, ids[:, :1]], 1)).logits[:, -1:]
+    assert (got - want).abs().max() < 1e-4
+
+
 def test_inputs_embeds_and_logits_to_keep():
     model, ids = optimized("llama"), prompt(20)
     embeds = model.get_input_embeddings()(ids)

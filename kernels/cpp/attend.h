@@ -204,7 +204,7 @@ inline void block_of(const typename C::Tiers& tiers, const Span<C>& at, long pla
 
 template <class C, class T, class Q, class K, class V, class Out>
 void attend(const typename C::Tiers& tiers, const int32_t* count, const bool* valid, const float* sinks, long batch,
-            float* mass, long mass_places, Q q_at, K k_at, V v_at, Out out_at) {
+            float* mass, long mass_places, Q q_at, K k_at, V v_at, Out out_at, float* lse_to = nullptr) {
     const long places = batch * C::H;
     long total = 0;
     for (long i = 0; i < places; i++) {
@@ -256,6 +256,7 @@ void attend(const typename C::Tiers& tiers, const int32_t* count, const bool* va
             T* out = out_at(i / C::H, i % C::H * C::G + g);
             if (!valid[i / C::H]) {
                 for (int d = 0; d < C::DV; d++) write(out + d, 0.0f);
+                if (lse_to) lse_to[i * C::G + g] = -INFINITY;
                 continue;
             }
             const T *q = q_at(i / C::H, i % C::H * C::G + g), *k = k_at(i / C::H, i % C::H), *v = v_at(i / C::H, i % C::H);
@@ -277,6 +278,7 @@ void attend(const typename C::Tiers& tiers, const int32_t* count, const bool* va
             }
             for (int d = 0; d < C::DV; d++) write(out + d, o[d] / l);
             lse[g] = m + std::log2(l);
+            if (lse_to) lse_to[i * C::G + g] = lse[g] / LOG2E;
             own_mass += weight / l;
         }
         if constexpr (C::MASS) {

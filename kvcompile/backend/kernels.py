@@ -59,29 +59,34 @@ def attend(q: Any, k: Any, v: Any, planes: list[Any], positions: Any, valid: Any
            layer: int = 0, mass: bool = False, member: int = 0, basis: Any = None,
            offset: Any = None, cos: Any = None, sin: Any = None, style: str = "",
            at: Any = None) -> Any:
-    """Over what is stored, where the log-sum-exp is not asked for, and mass of one query only."""
+    """Over what is stored; the log-sum-exp and mass of one query only."""
     batch, heads, tokens, _ = q.get_size()
-    if _used(1) or basis is not None or cos is not None:  # no kernel rebuilds keys
+    if basis is not None or cos is not None:  # no kernel rebuilds keys
         return None
+    lse = _used(1)
     parsed = Store.parse(store)
     shape = _shape(q, k, v, scale, window, softcap, sinks)._replace(mass=mass)
     if not _equal(tokens, 1):
-        o = None if mass else _many(shape, q, k, v, planes, valid, sinks, parsed, slot, member, at)
+        o = None if mass or lse else _many(shape, q, k, v, planes, valid, sinks, parsed, slot,
+                                           member, at)
         return o and (o, o, o)
     if q.get_device().type != "cpu" or cpp_attend.unsupported(parsed, shape):
         return None
     inputs = _inputs(q, k, v, planes, valid, sinks, parsed, slot, member, at)
     text = [*cpp_attend.headers(), cpp_attend.config(parsed, shape, threads())]
-    statements = cpp_attend.statements(parsed, shape, threads())
-    size = [batch, heads, tokens, v.get_size()[3]]
-    if not mass:
+    statements = cpp_attend.statements(parsed, shape, threads(), lse)
+    size, results = [batch, heads, tokens, v.get_size()[3]], dict[str, Any]()
+    if mass:
+        places = parsed.places(shape.dims, q.get_dtype(), [x.get_size() for x in planes]) + 1
+        results["mass"] = empty([batch, shape.heads, places], torch.float32)
+    if lse:
+        results["lse"] = empty(size[:3], torch.float32)
+    if not results:
         o = kernel(text, statements, inputs, size, q.get_dtype())
         return o, o, o
-    places = parsed.places(shape.dims, q.get_dtype(), [x.get_size() for x in planes]) + 1
-    inputs["mass"] = empty([batch, shape.heads, places], torch.float32)
-    inputs["out"] = empty(size, q.get_dtype())
-    kernel(text, statements, inputs, [1], torch.uint8, ["mass", "out"])
-    return inputs["out"], inputs["out"], inputs["mass"]
+    results["out"] = o = empty(size, q.get_dtype())
+    kernel(text, statements, {**inputs, **results}, [1], torch.uint8, [*results])
+    return o, results.get("lse", o), results.get("mass", o)
 
 
 def _many(shape: cpp_attend.Shape, q: Any, k: Any, v: Any, planes: list[Any], valid: Any,

@@ -20,7 +20,7 @@ from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from kvcompile.ir import ATTEND
+from kvcompile.ir import ATTEND, BESIDE
 
 
 def outline(gm: GraphModule) -> None:
@@ -103,7 +103,7 @@ class _Stretch:
         new = {n: graph.placeholder(f"given_{i}") for i, n in enumerate(self.given)}
         for node in self.nodes:
             new[node] = graph.node_copy(node, new.__getitem__)
-            if node.target is ATTEND:
+            if node.target in (ATTEND, BESIDE):
                 new[node].kwargs = {**new[node].kwargs, "at": at}
         graph.output(tuple(self._fresh(graph, new, n) for n in self.taken))
         return GraphModule({}, graph)

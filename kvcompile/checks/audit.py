@@ -97,7 +97,7 @@ class Run:
     def _given(self, layer: int, row: int, own: Taps) -> None:
         """Note what a rule that turns, merges or prunes gave the layer's store of the prompt."""
         rule, ids, (k, v) = self.rules[layer], self.ids[row], self.seen[layer][row]
-        changes = rule is not None and (rule.merge or rule.channels)
+        changes = rule is not None and (rule.merge and not rule.apart or rule.channels)
         if rule is None or not changes and rule.positions == "original":
             return
         held, off = slots(self.cache, layer, row), Contract.exact(k, v)

@@ -56,7 +56,21 @@ def selected(store: Store, held: Tensor, ids: Tensor, k: Tensor, v: Tensor) -> C
         for every, mine in zip((out.k, out.v, out.dropped), (own.k, own.v, own.dropped),
                                strict=True):
             every[head, at] = mine[0]
+        if store.rest:
+            _compensate(out, head, contract(store, k[head : head + 1], v[head : head + 1]), k, v)
     return out
+
+
+def _compensate(out: Contract, head: int, stored: Contract, k: Tensor, v: Tensor) -> None:
+    """Dropped tokens of a head are seen as their mean, of numbers within `stored` of their own,
+    summed in fp32."""
+    gone = out.dropped[head].clone()
+    for eps, own, x in ((out.k, stored.k, k[head]), (out.v, stored.v, v[head])):
+        there = x[gone].double()
+        if len(there):
+            slack = own[0, gone].mean(0) + 2 * len(there) * 2.0**-23 * there.abs().amax(0)
+            eps[head, gone] = (there - there.mean(0)).abs() + slack
+    out.dropped[head] = False
 
 
 def declared(view: View, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from kvcompile.checks.promise import Rebuilt
-from kvcompile.ir import ATTEND, ATTENTION, argument
+from kvcompile.ir import ATTEND, ATTENTION, BESIDE, argument
 from kvcompile.laws import How
 from kvcompile.rewrite import copy_graph
 from kvcompile.structure.beside import rotary
@@ -50,8 +50,7 @@ def tapped(gm: GraphModule, turned: Collection[int] = ()) -> tuple[GraphModule, 
     output, taps, names = gm.graph.output_node(), list[Node](), list[list[str]]()
     for layer, node in enumerate([n for n in gm.graph.nodes if n.target in (ATTENTION, ATTEND)]):
         own = {name: argument(node, name) for name in ("q", "k", "v")}
-        own["o"] = node if node.target is ATTENTION else next(
-            n for n in node.users if n.target is operator.getitem and n.args[1] == 0)
+        own["o"] = node if node.target is ATTENTION else _output(node)
         own |= {name: argument(node, name) for name in OPTIONAL}
         if layer in turned and node.target is ATTENTION:
             own["angles"] = rotary(node)[0]
@@ -61,6 +60,12 @@ def tapped(gm: GraphModule, turned: Collection[int] = ()) -> tuple[GraphModule, 
     output.args = ((*output.args[0], *taps),)  # type: ignore[misc]
     gm.recompile()
     return gm, names
+
+
+def _output(node: Node) -> Node:
+    """Where attention over what is stored ends: behind what is beside that, if there is such."""
+    o = next(n for n in node.users if n.target is operator.getitem and n.args[1] == 0)
+    return next((n for n in o.users if n.target is BESIDE), o)
 
 
 def read(outputs: Sequence[Tensor], names: Sequence[Sequence[str]], nodes: Sequence[Node]

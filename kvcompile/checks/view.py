@@ -9,16 +9,20 @@ from torch import Tensor
 
 from kvcompile.laws import View
 from kvcompile.registry import module
+from kvcompile.store import SIDES
 
 if TYPE_CHECKING:
     from kvcompile.cache import KVCache
+
+REST = -2  # the position of what stands for dropped tokens
 
 
 def slots(cache: KVCache, layer: int, row: int) -> tuple[Tensor, Tensor, Tensor]:
     """(position ids [H, N], K' [H, N, Dk], V' [H, N, Dv]) that a row of a layer holds, in fp32.
 
-    Heads that hold fewer tokens than others are filled up with position -1. A layer that stores
-    nothing itself holds what its owner does.
+    Heads that hold fewer tokens than others are filled up with position -1, and a slot that stands
+    for all that a head has dropped has position REST. A layer that stores nothing itself holds what
+    its owner does.
     """
     lead, member = cache.sites[layer].place
     group, slot = next((group, group.sites.index(site)) for group in cache.groups
@@ -34,6 +38,11 @@ def slots(cache: KVCache, layer: int, row: int) -> tuple[Tensor, Tensor, Tensor]
             x[head, : len(own)] = own.narrow(-1, member * x.shape[-1], x.shape[-1])
     if site.store.v_in_k:
         out[1] = out[0][..., : site.dims[1]]
+    if site.store.rest:
+        dropped = named["rest_count"][row, :, None].cpu() > 0
+        ids = torch.cat([ids, torch.where(dropped, REST, -1)], 1)
+        out = [torch.cat([x, named[f"rest_{side}"][row, :, None].cpu()], 1)
+               for side, x in zip(SIDES, out, strict=True)]
     return ids, out[0], out[1]
 
 
@@ -44,6 +53,9 @@ def see(held: tuple[Tensor, Tensor, Tensor], ids: Tensor, k: Tensor, v: Tensor) 
     own = len(ids) - k.shape[1]
     same = positions[:, None, :] == ids[None, :own, None]                  # [H, T - S, N]
     where = torch.where(same.any(-1), same.int().argmax(-1) if same.shape[-1] else -1, -1)
+    rest = positions == REST
+    where = torch.where((where < 0) & rest.any(-1, keepdim=True),
+                        rest.int().argmax(-1, keepdim=True) if rest.shape[-1] else -1, where)
     last = torch.arange(positions.shape[1], positions.shape[1] + k.shape[1])
     where = torch.cat([where, last.expand(k.shape[0], -1)], 1)
     keys, values = (torch.cat([a.double(), b.double()], 1)
