@@ -61,37 +61,40 @@ def heads_of(store: Store, dims: tuple[int, int], dtype: torch.dtype, planes: Se
 @body("evict")
 def evict(planes: list[Tensor], mass: list[Tensor], k: list[Tensor], v: list[Tensor],
           positions: Tensor, valid: Tensor, *, store: str, rules: list[str], slots: list[int],
-          group: int = 1) -> None:
+          group: int = 1, ids: Tensor | None = None) -> None:
     """Note the call's tokens, which kvc.append has stored, and drop tokens of full heads.
 
     `mass` is, for each layer of which scores change, what kvc.attend says that tokens got; `group`
     the query heads of a kv head. A head that holds its limit + `every` tokens goes back to its
-    limit, by score; of equals the older token goes. `k` and `v` are the call's.
+    limit, by score; of equals the older token goes. `k`, `v` and `ids` [B, S] are the call's.
     """
-    run(planes, mass, k, v, positions, valid, store=store, rules=rules, slots=slots, group=group)
+    run(planes, mass, k, v, positions, valid, store=store, rules=rules, slots=slots, group=group,
+        ids=ids)
 
 
 def run(planes: list[Tensor], mass: list[Tensor], k: list[Tensor], v: list[Tensor],
         positions: Tensor, valid: Tensor, *, store: str, rules: list[str], slots: list[int],
-        group: int = 1, mover: Mover | None = None) -> None:
+        group: int = 1, ids: Tensor | None = None, mover: Mover | None = None) -> None:
     """As kvc.evict; `mover` moves tokens in place of `move`."""
     if not bool(valid.any()):
         return
     parsed, dims, dtype = Store.parse(store), (k[0].shape[-1], v[0].shape[-1]), k[0].dtype
     given, rest = [Rule.parse(r) for r in rules], list(mass)
-    alike = [(str(r.score), r.every, r.sinks, r.recent) for r in given]
+    alike = [(str(r.score), r.every, r.sinks, r.recent,
+              hasattr(r.budgeter, "below") and str(r.budget)) for r in given]
     for _, run in groupby(range(len(given)), key=alike.__getitem__):
         own = [*run]
         rule, layers = given[own[0]], slice(slots[own[0]], slots[own[-1]] + 1)
         seen, rest = (rest[: len(own)], rest[len(own):]) if rule.observes else ([], rest)
         heads = heads_of(parsed, dims, dtype, planes, layers)
-        new = _note(heads, rule, seen, torch.stack([k[i] for i in own]), positions, valid, group)
+        new = _note(heads, rule, seen, torch.stack([k[i] for i in own]), positions, valid, group,
+                    ids)
         if new is not None:
             drop(heads, rule, new, dims, dtype, k[0].shape[1], mover or move)
 
 
 def _note(heads: Heads, rule: Rule, mass: list[Tensor], k: Tensor, positions: Tensor,
-          valid: Tensor, group: int) -> Tensor | None:
+          valid: Tensor, group: int, ids: Tensor | None) -> Tensor | None:
     """Write the positions of new tokens and everybody's scores; the newest position of each head,
     or None if no head is full. k [L, B, H, S, D]."""
     layers, batch, kv, tokens, _ = k.shape
@@ -104,7 +107,8 @@ def _note(heads: Heads, rule: Rule, mass: list[Tensor], k: Tensor, positions: Te
     slot = (at[0], number[at].long())
     heads.put("position", slot, positions.expand(batch, -1)[row][at].int())
     if hasattr(rule.scorer, "arrive"):
-        each = torch.stack([rule.scorer.arrive(x, positions.expand(batch, -1)) for x in k])
+        at_, ids = (x if x is None else x.expand(batch, -1) for x in (positions, ids))
+        each = torch.stack([rule.scorer.arrive(x, at_, ids) for x in k])
         heads.put("score", slot, each.flatten(0, 2)[at])
     if mass:
         score = heads.slots("score")

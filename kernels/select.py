@@ -21,7 +21,8 @@ def _rows(valid: Tensor, probe: int) -> Iterator[tuple[int, Tensor, Tensor]]:
 @body("score")
 def score(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor, hints: Tensor,
           weight: Tensor | None, angles: Tensor | None, *, rule: str, scale: float,
-          softcap: float = 0.0, style: str = "half") -> tuple[Tensor, Tensor]:
+          softcap: float = 0.0, style: str = "half", ids: Tensor | None = None
+          ) -> tuple[Tensor, Tensor]:
     """How much each token matters: fp32 [B, H, S], -inf for padding; what the budget measures, [B].
 
     `hints` is int64 [2]: columns at the end that only look at the others, and tokens of the
@@ -36,7 +37,8 @@ def score(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor, hin
             continue
         x = Prompt(q[row][:, columns], k[row][:, columns], v[row][:, columns],
                    positions[row, columns], scale, softcap, len(own), min(question, len(own)),
-                   weight, _angles(angles, row, columns), style, parsed.layer, parsed.layers)
+                   weight, _angles(angles, row, columns), style,
+                   None if ids is None else ids[row, columns], parsed.layer, parsed.layers)
         scores[row][:, own] = parsed.scorer.prompt(x).float()
         measures[row] = parsed.budgeter.measure(x)
     return scores, measures

@@ -170,9 +170,12 @@ def _check(recipe: str) -> None:
 def _load(args: Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     with progress(f"loading {args.model}"):
         try:
-            return module("models", "load").load(args.model, DTYPES.get(args.dtype))
+            model, tokenizer = module("models", "load").load(args.model, DTYPES.get(args.dtype))
         except (ValueError, ModuleNotFoundError) as error:
             raise KVCompileError(str(error)) from error
+        if tokenizer is not None:
+            model.tokenizer = tokenizer  # for methods that know classes of tokens
+        return model, tokenizer
 
 
 def _prompt(args: Namespace, model: PreTrainedModel,

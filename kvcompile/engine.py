@@ -152,9 +152,11 @@ class Engine:
 
 def _with_embeddings(gm: GraphModule, embeds: Tensor) -> Callable:
     """`gm` with the embedding of its token ids replaced by `embeds` [B, S, hidden]."""
-    ids = next(iter(gm.graph.nodes))
+    ids = next(n for n in gm.graph.nodes if n.op == "placeholder")
     users = [n for n in ids.users if n.op == "call_function" and "embedding" in str(n.target)]
     others = [n for n in ids.users if n not in users and "sym_size" not in str(n.target)]
+    if any("kvc" in str(n.target) for n in others):
+        raise KVCompileError("inputs_embeds: the recipe chooses by token ids; give input_ids")
     if len(users) != 1 or others:
         raise KVCompileError("inputs_embeds: the model uses input_ids in other places than one "
                              "embedding")

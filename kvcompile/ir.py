@@ -49,7 +49,7 @@ LIB.define(
 LIB.define(
     "score(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor valid, Tensor hints, "
     "Tensor? weight, Tensor? angles, *, str rule, float scale, float softcap=0.0, "
-    "str style='half') -> (Tensor, Tensor)"
+    "str style='half', Tensor? ids=None) -> (Tensor, Tensor)"
 )
 LIB.define(
     "keep(Tensor[] scores, Tensor[] measures, Tensor[] k, Tensor[] v, Tensor positions, "
@@ -60,7 +60,7 @@ LIB.define("prune(Tensor q, Tensor k, Tensor positions, Tensor valid, Tensor hin
            "-> Tensor")
 LIB.define(
     "evict(Tensor(a!)[] planes, Tensor[] mass, Tensor[] k, Tensor[] v, Tensor positions, "
-    "Tensor valid, *, str store, str[] rules, int[] slots, int group=1) -> ()"
+    "Tensor valid, *, str store, str[] rules, int[] slots, int group=1, Tensor? ids=None) -> ()"
 )
 LIB.define("rope(Tensor x, Tensor cos, Tensor sin, *, str style) -> Tensor")
 LIB.define(
@@ -140,7 +140,9 @@ def _(k, v, k_limits, v_limits):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("kvc::evict", lib=LIB)
-def _(planes, mass, k, v, positions, valid, *, store, rules, slots, group=1):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    planes, mass, k, v, positions, valid, *, store, rules, slots, group=1, ids=None,
+):
     return None
 
 

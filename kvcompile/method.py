@@ -42,6 +42,7 @@ class Param:
     help: str = ""
     calibrated: bool = False  # a list that the method's `calibrate` finds where it is None, or
     # named `calibrated`
+    by: str = "calibration=ids"  # what `optimize` is given for that
 
     @property
     def kind(self) -> type | None:
@@ -115,10 +116,9 @@ class Method:
         """Declared parameters and their defaults, without ``layers``."""
         return {param.name: param.default for param in self.params}
 
-    def uncalibrated(self, bound: Mapping[str, Any]) -> str:
-        """The first parameter that calibration has yet to find, else ``""``."""
-        found = [p.name for p in self.params if p.calibrated and bound[p.name] is None]
-        return found[0] if found else ""
+    def uncalibrated(self, bound: Mapping[str, Any]) -> Param | None:
+        """The first parameter that calibration has yet to find."""
+        return next((p for p in self.params if p.calibrated and bound[p.name] is None), None)
 
     def layer_axes(self, term: Term, bound: Mapping[str, Any], layers: Sequence[int]
                    ) -> list[Axes]:

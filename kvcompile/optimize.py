@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 def optimize(model: PreTrainedModel, recipe: str | Recipe = "kivi(bits=4)", *,
              max_length: int | None = None, compile: bool = True,
              prefill_chunk: int | None = None,
-             calibration: Tensor | Calibration | None = None,
+             calibration: Tensor | Calibration | None = None, tokenizer: Any = None,
              verify: bool = False) -> PreTrainedModel:
     """A model of the same class family that shares `model`'s weights; K and V stored by `recipe`.
 
@@ -37,6 +37,8 @@ def optimize(model: PreTrainedModel, recipe: str | Recipe = "kivi(bits=4)", *,
                    ones stored
     calibration    token ids [texts, tokens] for what looks at text first, such as kvtuner, or what
                    `calibrate` found; without it the model writes some text, with a fixed seed
+    tokenizer      tells the token ids of separators and the like to methods that keep such tokens;
+                   the model's own attribute `tokenizer` if there is one
     verify         check the laws (docs/laws.md) on the first prompt: its last tokens are decoded
                    and each layer's attention is compared with the oracle in fp64; the result is
                    `.kvcompile.audit`, or a LawError that names layer, store and kernel. Takes
@@ -57,12 +59,13 @@ def optimize(model: PreTrainedModel, recipe: str | Recipe = "kivi(bits=4)", *,
     if isinstance(model, Optimized):
         model.kvcompile.check_weights(model)
         base, program = model.kvcompile.model, model.kvcompile.program.lower(
-            recipe, calibration=calibration)
+            recipe, calibration=calibration, tokenizer=tokenizer)
     elif not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model: it has "
                                     "no generate(); kvcompile.capture takes any PyTorch decoder")
     else:
-        base, program = model, capture(model, recipe, calibration=calibration)
+        base, program = model, capture(model, recipe, calibration=calibration,
+                                       tokenizer=tokenizer)
         self_check(base, program)
     if prefill_chunk and any(site.rule for site in program.sites):
         raise KVCompileError(f"prefill_chunk={prefill_chunk}: {recipe} chooses among a prompt's "

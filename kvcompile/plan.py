@@ -47,8 +47,9 @@ def plan(recipe: str | Recipe, layers: int) -> tuple[LayerPlan, ...]:
         method = find_method(term)
         params = method.bind(term)
         if missing := method.uncalibrated(params):
-            raise RecipeError(f"{located(term)}: {missing} comes from calibration: kvcompile."
-                              "optimize(model, recipe, calibration=ids) finds it")
+            raise RecipeError(f"{located(term)}: {missing.name} comes from "
+                              f"{missing.by.partition('=')[0]}: kvcompile.optimize(model, recipe, "
+                              f"{missing.by}) finds it")
         claimed = claimed_layers(term, params["layers"], layers)
         for i, axes in zip(claimed, method.layer_axes(term, params, claimed), strict=True):
             claims[i].append((term, {a: _value(a, v) for a, v in axes.items()}))

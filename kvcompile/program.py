@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import Any, TextIO
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -71,13 +71,16 @@ class Program:
         return Program(self.name, self.snapshots[name], self.recipe)
 
     def lower(self, recipe: str | Recipe, watch: Callable | None = None,
-              calibration: Tensor | None = None) -> "Program":
+              calibration: Tensor | None = None, tokenizer: Any = None) -> "Program":
         """This program under a recipe: all passes over the graph as it was captured.
 
         `watch(pass, graph, outcomes, seconds)` is called after each pass. `calibration` is token
-        ids for methods that look at text first; what they find is in the result's `recipe`.
+        ids for methods that look at text first, `tokenizer` tells methods that know classes of
+        tokens the ids; what they find is in the result's `recipe`.
         """
         start = self.snapshots["capture"]
+        if tokenizer is not None:
+            start.meta["tokenizer"] = tokenizer
         text = (start.meta.setdefault("text", Text(self)) if calibration is None
                 else Text(self, checked(calibration)))
         start.meta["text"] = text  # what is lowered later reads it too
@@ -104,10 +107,12 @@ class Program:
 
 
 def capture(model: nn.Module, recipe: str | Recipe = "full",
-            watch: Callable | None = None, calibration: Tensor | None = None) -> Program:
+            watch: Callable | None = None, calibration: Tensor | None = None,
+            tokenizer: Any = None) -> Program:
     """Capture a causal LM, of transformers or plain PyTorch, and run the passes of `recipe`.
 
-    The model is left exactly as it was and shares its parameters with the graph. Raises
+    The model is left exactly as it was and shares its parameters with the graph. `calibration` and
+    `tokenizer` are `Program.lower`'s; a model may carry its tokenizer itself. Raises
     UnsupportedModelError for what cannot be captured, RecipeError for a bad recipe.
     """
     start = time.perf_counter()
@@ -118,4 +123,5 @@ def capture(model: nn.Module, recipe: str | Recipe = "full",
     gm = export(model) if isinstance(model, PreTrainedModel) else export_module(model)
     program = Program(type(model).__name__, gm, recipe, snapshots={"capture": gm},
                       seconds={"capture": time.perf_counter() - start})
-    return program.lower(recipe, watch, calibration)
+    tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
+    return program.lower(recipe, watch, calibration, tokenizer)

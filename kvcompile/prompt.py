@@ -22,6 +22,7 @@ class Prompt:
     weight    of the linear that follows attention, [hidden, Hq * Dv], where a scorer asks for it
     angles    rotary angles at the positions, [N, R] or [N, R / 2] in fp32, likewise; `style` as
               in kvc.rope
+    ids       token ids [N], likewise
     layer     number of the layer among the `layers` that the rule is for
     seed      of what is drawn at random; the same for a row in any batch
     """
@@ -37,6 +38,7 @@ class Prompt:
     weight: Tensor | None = None
     angles: Tensor | None = None
     style: str = "half"
+    ids: Tensor | None = None
     layer: int = 0
     layers: int = 1
 

@@ -26,7 +26,12 @@ from kvcompile.registry import plugins
 
 class Scorer(Protocol):
     """How much a token matters. `needs` names what it reads beside q, K and V: "weight" (of the
-    linear after attention), "angles" (rotary) or "probe" (the prompt a second time)."""
+    linear after attention), "angles" (rotary), "ids" (of tokens) or "probe" (the prompt a second
+    time).
+
+    One that scores the tokens that follow a prompt has `arrive(keys, positions, ids)`, or
+    `observe` where scores change with what each step attends to.
+    """
 
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]]

@@ -39,12 +39,27 @@ class DecoderConfig:
         return int(self.head_dim * self.partial) if self.rope == "partial" else self.head_dim
 
 
+class Characters:
+    """The tokenizer of a decoder whose tokens are the first characters of ASCII; 0 is special."""
+
+    all_special_ids = (0,)
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
+
 class Decoder(nn.Module):
     """Causal; input_ids, position_ids `[B, S]` -> logits `[B, S, vocab]`; mask 0 is padding."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.tokenizer = config, Characters(config.vocab)
         self.embed = nn.Embedding(config.vocab, config.hidden)
         if config.learned_positions:
             self.positions = nn.Embedding(config.max_positions, config.hidden)

@@ -134,13 +134,14 @@ def pool(scores: Sequence[Tensor], each: int, floor: float) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Threshold(Sized):
-    """All tokens whose score is at least `at`."""
+    """All tokens whose score is at least `at`; beside the protected ones the best `tokens` of them,
+    if that is not 0."""
 
     at: float = 0.0
     name: ClassVar[str] = "threshold"
 
     def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
-        return [(s >= self.at).sum(-1).tolist() for s in scores]
+        return [(s.shape[1] - self.below(s)).tolist() for s in scores]
 
     def most(self, tokens: int, heads: int) -> tuple[int, int]:
         return tokens, heads * tokens
@@ -149,8 +150,12 @@ class Threshold(Sized):
         return [UNBOUNDED] * len(counts)
 
     def below(self, score: Tensor) -> Tensor:
-        """How many tokens of each head leave while decoding, from scores [N, slots]."""
-        return (score < self.at).sum(1)
+        """How many tokens of each head leave, from scores [N, slots]; those that are infinite do
+        not."""
+        low = (score < self.at).sum(1)
+        if not self.tokens:
+            return low
+        return low + (score.isfinite().sum(1) - low - self.tokens).clamp(min=0)
 
 
 @dataclass(frozen=True)

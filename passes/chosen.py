@@ -24,8 +24,9 @@ class Chosen:
         self.graph, self.found = graph, dict[int, list[Node]]()
         self.waiting: dict[str, list[tuple[Site, Node, Node]]] = {}
         self.pruned = dict[Node, Node]()
-        last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-        with graph.inserting_after(last):
+        inputs = [n for n in graph.nodes if n.op == "placeholder"]
+        self.ids = inputs[0]
+        with graph.inserting_after(inputs[-1]):
             self.hints = graph.placeholder("hints")
 
     def score(self, node: Node, site: Site) -> None:
@@ -34,7 +35,8 @@ class Chosen:
         weight = output_weight(node, self.graph) if "weight" in rule.needs else None
         given = [argument(node, n) for n in ("q", "k", "v", "positions", "valid")]
         both = self._call(SCORE, *given, self.hints, weight, angles, rule=site.rule,
-                     scale=argument(node, "scale"), softcap=argument(node, "softcap"), style=style)
+                     scale=argument(node, "scale"), softcap=argument(node, "softcap"), style=style,
+                     **({"ids": self.ids} if "ids" in rule.needs else {}))
         if rule.channels:
             q, k, _, positions, valid = given
             self.pruned[node] = self._call(PRUNE, q, k, positions, valid, self.hints,

@@ -166,9 +166,11 @@ def _evict(graph: Graph, planes: list[Node], nodes: list[Node], mass: list[Node]
            layout: Store) -> None:
     k, v = ([argument(n, side) for n in nodes] for side in SIDES)
     group = argument(nodes[0], "q").meta["val"].shape[1] // k[0].meta["val"].shape[1]
+    rules = [argument(n, "rule") for n in nodes]
+    reads = any("ids" in Rule.parse(rule).needs for rule in rules)
+    ids = {"ids": next(n for n in graph.nodes if n.op == "placeholder")} if reads else {}
     _call(graph, EVICT, planes, mass, k, v, argument(nodes[0], "positions"), valid,
-          store=str(layout), rules=[argument(n, "rule") for n in nodes],
-          slots=[*range(len(nodes))], group=int(group))
+          store=str(layout), rules=rules, slots=[*range(len(nodes))], group=int(group), **ids)
 
 
 def _attend(graph: Graph, node: Node, layout: Store, planes: list[Node], slot: int, member: int

@@ -22,8 +22,8 @@ class Recency:
     def prompt(self, x: Prompt) -> Tensor:
         return x.positions[: x.tokens].float().expand(x.heads, -1)
 
-    def arrive(self, keys: Tensor, positions: Tensor) -> Tensor:
-        """Scores [B, H, S] of new tokens: keys [B, H, S, Dk], positions [B, S]."""
+    def arrive(self, keys: Tensor, positions: Tensor, ids: Tensor | None) -> Tensor:
+        """Scores [B, H, S] of new tokens: keys [B, H, S, Dk], positions and token ids [B, S]."""
         return positions[:, None].float().expand(keys.shape[:3])
 
 
@@ -37,7 +37,7 @@ class KeyNorm:
     def prompt(self, x: Prompt) -> Tensor:
         return -x.keys.norm(dim=-1)
 
-    def arrive(self, keys: Tensor, positions: Tensor) -> Tensor:
+    def arrive(self, keys: Tensor, positions: Tensor, ids: Tensor | None) -> Tensor:
         return -keys.float().norm(dim=-1)
 
 

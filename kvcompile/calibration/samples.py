@@ -7,7 +7,7 @@ there is to keep: given again, it needs no calibration.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -47,14 +47,25 @@ class Sample:
 class Samples:
     """What some layers see when the stateless graph reads `ids` [N, T] once."""
 
-    def __init__(self, gm: GraphModule, ids: Tensor, layers: Sequence[int] | None = None) -> None:
-        self.gm, self.ids = gm, ids
+    def __init__(self, gm: GraphModule, ids: Tensor | Callable[[], Tensor],
+                 layers: Sequence[int] | None = None) -> None:
+        self.gm, self._given = gm, ids
         every = range(len(attention_nodes(gm.graph)))
         self.layers = list(every if layers is None else layers)
 
     def of(self, layers: Sequence[int]) -> Samples:
         """The same text, other layers."""
-        return Samples(self.gm, self.ids, layers)
+        return Samples(self.gm, self._given, layers)
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """The text; it may have to be written first."""
+        return self._given if isinstance(self._given, Tensor) else self._given()
+
+    @property
+    def tokenizer(self) -> Any:
+        """What tells the texts of token ids; None if it is not known."""
+        return self.gm.meta.get("tokenizer")
 
     @cached_property
     def attention(self) -> list[Sample]:
@@ -137,7 +148,8 @@ class Text:
 
 def uncalibrated(recipe: Recipe) -> bool:
     """Whether a term lacks what calibration finds. Raises RecipeError for one that cannot be."""
-    return any([find_method(t).uncalibrated(find_method(t).bind(t)) for t in recipe.terms])
+    return any([find_method(t).uncalibrated(find_method(t).bind(t)) is not None
+                for t in recipe.terms])
 
 
 def calibrated(recipe: Recipe, program: Program, ids: Tensor | Text | None = None) -> Recipe:
@@ -149,9 +161,9 @@ def calibrated(recipe: Recipe, program: Program, ids: Tensor | Text | None = Non
     for term in recipe.terms:
         method = find_method(term)
         bound = method.bind(term)
-        if method.calibrate and method.uncalibrated(bound):
+        if method.calibrate and method.uncalibrated(bound) is not None:
             gm = program.snapshots["capture"]
-            samples = samples or Samples(gm, text())
+            samples = samples or Samples(gm, text)
             layers = claimed_layers(term, bound["layers"], len(samples.layers))
             found = method.calibrate(bound, samples.of(layers))
             new = {name: value for name, value in found.items() if bound[name] is None}
