@@ -25,7 +25,7 @@ test test-all: compiler lint types
 laws-deep: compiler $(INSTALLED)
 	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -p no:xdist --minutes 60 \
 		tests/test_cache.py tests/test_cache_rules.py tests/test_laws.py tests/test_registered.py \
-		tests/test_plugin.py $(ARGS)
+		tests/test_plugin.py tests/test_registered_kernels.py $(ARGS)
 
 # faults planted in a copy of the code, and the property tests that catch them
 mutants: compiler $(INSTALLED)

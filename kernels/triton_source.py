@@ -7,7 +7,8 @@ layer's, `kvcompile/constants.py`), and what writes them by `triton_writer`, sta
 store the tile `x` [N, DP] of fp32 numbers there. Of layers that lie together `triton_member` reads
 one, and `triton_member_writer` stores the tiles `x0`, `x1`, ... N and DP are put in by the
 skeletons: DP is `padded(dim)`, or fewer channels where a format says with `triton_pieces` that they
-can be written by themselves. The functions that all may call lie in `kernels/triton/`.
+can be written by themselves; `triton_free` are planes for which the writer may find other numbers
+of the same meaning than `encode`. The functions that all may call lie in `kernels/triton/`.
 """
 
 import importlib
