@@ -18,14 +18,14 @@ demo: compiler $(INSTALLED)
 
 # make test runs what is quick, make test-all also the tests that are marked slow
 test test-all: compiler lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
 		$(if $(filter test,$@),-m "not slow") $(ARGS)
 
 # the laws on new examples for an hour (docs/laws.md); ARGS="--minutes 300"
 laws-deep: compiler $(INSTALLED)
 	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -p no:xdist --minutes 60 \
 		tests/test_cache.py tests/test_cache_rules.py tests/test_laws.py tests/test_registered.py \
-		tests/test_plugin.py $(ARGS)
+		tests/test_plugin.py tests/test_registered_kernels.py $(ARGS)
 
 # faults planted in a copy of the code, and the property tests that catch them
 mutants: compiler $(INSTALLED)

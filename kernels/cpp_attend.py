@@ -186,6 +186,9 @@ def tiers(store: Store, dims: tuple[int, int], dtype: torch.dtype, prefix: str, 
             lines += [f"{name}.plane[{i}] = plane{at + 1 + i}"
                       + (f" + {member} * {n};" if n else ";") for i, n in enumerate(apart)]
             at += 1 + count
+    if store.constants:
+        lines += [f"{prefix}{side}_{tier}.plane[kvc::CONSTANTS] = plane{at} + ({start}) * "
+                  f"{store.constants};" for side in store.sides for tier in store.tiers(side)]
     if store.v_in_k:
         lines += [f"{prefix}v_{tier} = {prefix}k_{tier};" for tier in store.tiers("k")]
     return lines

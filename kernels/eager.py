@@ -43,7 +43,7 @@ def _tiers(store: Store, planes: list[Tensor], dims: tuple[int, int], dtype: tor
     """Count [B, slots * heads] and tiers of some layers; `together`: all rows as one."""
     named = pages.named(store.planes(dims, dtype), planes, slots)
     if together:
-        named = {n: p.flatten(0, 1)[None] if n.endswith(("count", "table")) else p
+        named = {n: p.flatten(0, 1)[None] if n.endswith(pages.OWN) else p
                  for n, p in named.items()}
     tiers = {s: pages.tiers(store, s, named, dim, dtype)
              for s, dim in zip(SIDES, dims, strict=True)}

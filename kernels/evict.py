@@ -164,7 +164,7 @@ def drop(heads: Heads, rule: Rule, newest: Tensor, dims: tuple[int, int], dtype:
 def _keys(heads: Heads, dims: tuple[int, int], dtype: torch.dtype, slots: int) -> Tensor:
     """K of every slot, decoded: [N, slots, Dk] in fp32."""
     out = torch.zeros(len(heads.count), slots, dims[0], device=heads.count.device)
-    named = {name: p[None] if name.endswith(("table", "count")) else p
+    named = {name: p[None] if name.endswith(pages.OWN) else p
              for name, p in heads.named.items()}
     tiers = pages.tiers(heads.store, "k", named, dims[0], dtype)
     for head, n in enumerate(heads.count.tolist()):

@@ -20,7 +20,7 @@ def update(cache: Tensor, k: Tensor, v: Tensor, *, length: int, layer: int
     All rows hold the same number of tokens, and `length` is what is kept of them and S.
     """
     own = KVCache.of(cache).room(k, v, layer)
-    store, seen = own.site.store, []
+    store, seen = own.store, []
     named = pages.named(own.specs, own.planes, [0])
     count = int(named["count"][0, 0])
     for side, x in zip(SIDES, (k, v), strict=True):
@@ -59,7 +59,7 @@ def decode(cache: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, 
     count = int(own.planes[0][0, 0, 0])
     positions, valid = _columns(k, count)
     o, *_ = ATTEND(q, k, v, own.planes, positions, valid, None, scale=scale, window=window,
-                  store=str(own.site.store), layer=layer)
+                  store=str(own.store), layer=layer)
     _store(own, k, v, count)
     return o
 
@@ -70,4 +70,4 @@ def _columns(k: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _store(own: Group, k: Tensor, v: Tensor, count: int) -> None:
-    APPEND(own.planes, [k], [v], *_columns(k, count), store=str(own.site.store), slots=[0])
+    APPEND(own.planes, [k], [v], *_columns(k, count), store=str(own.store), slots=[0])

@@ -30,6 +30,7 @@ class Lowrank(Wrapper):
     rank: int = 4
     block: int = 128
     name: ClassVar[str] = "lowrank"
+    triton_free: ClassVar[tuple[str, ...]] = ("a", "b")  # the signs of directions are free
     examples: ClassVar[tuple[str, ...]] = ("lowrank(of=int(bits=2, axis=channel))",
         "lowrank(of=int(bits=2), rank=2, block=32)",
         "lowrank(of=outliers(of=int(bits=2), fraction=0.02))")

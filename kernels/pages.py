@@ -6,8 +6,11 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from kvcompile.constants import give
 from kvcompile.format import PAGE, Format, Side
 from kvcompile.store import SIDES, Plane, Span, Store
+
+OWN = ("count", "table", "constants")  # planes of which every (layer, row, head) has a part
 
 
 class Tier:
@@ -25,20 +28,36 @@ class Tier:
         self.table = named[prefix + "table"]
         self.specs = self.format.planes(self.dim, dtype, side)
         self.pools = {name: named[prefix + name] for name in self.specs}
+        self.constants = named.get("constants")
+
+    def alike(self, row: int, heads: slice) -> list[tuple[slice, Format]]:
+        """Neighbouring heads of layers with the same constants, and the format that theirs is."""
+        if self.constants is None:
+            return [(heads, self.format)]
+        found, start = [], heads.start
+        for own, run in groupby(map(tuple, self.constants[row, heads].tolist())):
+            end = start + len([*run])
+            found.append((slice(start, end), give(self.format, own)))
+            start = end
+        return found
 
     def read(self, row: int, heads: slice, span: Span) -> Tensor:
         """The tokens numbered [start, end): [heads, end - start, dim], decoded."""
         start, end = span
+        alike = self.alike(row, heads)
+        if len(alike) > 1:
+            return torch.cat([self.read(row, own, span) for own, _ in alike])
+        fmt = alike[0][1]
         if start == end:
             pages = self.table[row, heads]
             return torch.empty(pages.shape[0], 0, self.dim, dtype=self.dtype, device=pages.device)
         if self.ring is None or end <= self.ring:
-            x = self.decode(self.table[row, heads, start // PAGE : -(-end // PAGE)])
+            x = self.decode(fmt, self.table[row, heads, start // PAGE : -(-end // PAGE)])
             return x[:, start % PAGE : start % PAGE + end - start]
-        x = self.decode(self.table[row, heads, : self.ring // PAGE])
+        x = self.decode(fmt, self.table[row, heads, : self.ring // PAGE])
         return x.index_select(1, torch.arange(start, end, device=x.device) % self.ring)
 
-    def decode(self, pages: Tensor) -> Tensor:
+    def decode(self, fmt: Format, pages: Tensor) -> Tensor:
         """pages [h, p] -> [h, p * PAGE, dim]; of dense pages that lie together, a view."""
         h, p = pages.shape
         ids = pages.tolist()
@@ -55,7 +74,7 @@ class Tier:
             else:
                 own = pool.index_select(0, flat).unflatten(0, (h, p))
             planes[name] = self.specs[name].steps(own).flatten(1, 3)
-        return self.format.decode(planes, self.dim, self.dtype, self.side)
+        return fmt.decode(planes, self.dim, self.dtype, self.side)
 
     def write(self, row: int, heads: slice, start: int, x: Tensor) -> None:
         """Encode x [heads, n, dim] as the tokens numbered start, start + 1, ...; whole steps."""
@@ -64,7 +83,12 @@ class Tier:
         if count == 0:
             return
         table, per_page = self.table[row, heads], PAGE // step
-        encoded = self.format.encode(x, self.side)
+        alike = self.alike(row, heads)
+        if len(alike) > 1:
+            for own, _ in alike:
+                self.write(row, own, start, x[own.start - heads.start : own.stop - heads.start])
+            return
+        encoded = alike[0][1].encode(x, self.side)
         if count == 1:  # a decode step: one place per head
             at = first if self.ring is None else first % (self.ring // step)
             page = table[:, at // per_page]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvcompile.format import PAGE
 from kvcompile.ir import body
-from kvcompile.kernels.pages import Tier
+from kvcompile.kernels.pages import OWN, Tier
 from kvcompile.store import SIDES, Store
 
 
@@ -68,11 +68,16 @@ def fold(store: Store, named: dict[str, Tensor], gone: Tensor, dims: tuple[int, 
     if not len(head):
         return
     count, new = named["rest_count"], gone.sum(1, dtype=torch.int32)
+    rows = {n: p[None] if n.endswith(OWN) else p for n, p in named.items()}
     for side, dim in zip(SIDES, dims, strict=True):
-        tier = Tier(store, side, "body", named, dim, dtype)
-        x = tier.decode(tier.table[head, page][:, None]).float()
-        total = torch.zeros(len(count), dim, device=x.device)
-        total.index_add_(0, head, (x * each[head, page][..., None]).sum(1))
+        tier = Tier(store, side, "body", rows, dim, dtype)
+        total = torch.zeros(len(count), dim, device=gone.device)
+        for heads, fmt in tier.alike(0, slice(0, len(count))):
+            own = (head >= heads.start) & (head < heads.stop)
+            if bool(own.any()):
+                at = head[own], page[own]
+                x = tier.decode(fmt, tier.table[0][at][:, None]).float()
+                total.index_add_(0, at[0], (x * each[at][..., None]).sum(1))
         mean = named[f"rest_{side}"]
         mean += (total - new[:, None] * mean) / (count + new).clamp(min=1)[:, None]
     count += new

@@ -88,6 +88,7 @@ def source(store: Store, shape: Shape, phase: str) -> str:
         f"(batch * {shape.heads})",
         f"row, head = rest // {shape.heads}, rest % {shape.heads}",
         f"place = (((slot + layer) * batch + row) * {shape.heads} + head).to(tl.int64)",
+        *ts.own_constants(store),
         "n = tl.load(count + place)",
         "line = row * lines + head % lines",
         "after = n + tl.load(new + line)",

@@ -10,6 +10,9 @@ log-sum-exps (`merge`).
 from functools import cache
 from hashlib import sha256
 
+import torch
+
+from kvcompile.checks.rounding import Arithmetic
 from kvcompile.errors import RecipeError
 from kvcompile.kernels import triton_source as ts
 from kvcompile.kernels import triton_tiles as tiles
@@ -25,8 +28,17 @@ from kvcompile.kernels.triton_attend_shape import (
 )
 from kvcompile.store import Store
 
-__all__ = ["Shape", "Tile", "arguments", "name", "rows", "shape_of", "source", "tile", "turns",
-           "unsupported", "width"]
+__all__ = ["Shape", "Tile", "arguments", "arithmetic", "name", "rows", "shape_of", "source", "tile",
+           "turns", "unsupported", "width"]
+
+
+def arithmetic(dtype: torch.dtype) -> Arithmetic:
+    """How the kernels compute. For 16-bit models K, V and the weights (and q where a format turns
+    it) are rounded to the model's type; Triton's interpreter cuts bf16 off: a whole step."""
+    if dtype is torch.float32:
+        return Arithmetic()
+    eps = torch.finfo(dtype).eps
+    return Arithmetic(stored=2 * eps, weights=eps, out=eps)
 
 
 def name(store: Store, shape: Shape, cut: Tile, what: str = "attend") -> str:

@@ -2,11 +2,13 @@
 
 A format names what reads its pages by `triton(dim, dtype, side, planes)`, an expression that is the
 tile [N, DP] of the N tokens from `at` on of page `page` (`planes`: the names of the pointers to its
-planes; `keep` [N]: which tokens count), and what writes them by `triton_writer`, statements that
+planes; `keep` [N]: which tokens count; `constants`: to the
+layer's, `kvcompile/constants.py`), and what writes them by `triton_writer`, statements that
 store the tile `x` [N, DP] of fp32 numbers there. Of layers that lie together `triton_member` reads
 one, and `triton_member_writer` stores the tiles `x0`, `x1`, ... N and DP are put in by the
 skeletons: DP is `padded(dim)`, or fewer channels where a format says with `triton_pieces` that they
-can be written by themselves. The functions that all may call lie in `kernels/triton/`.
+can be written by themselves; `triton_free` are planes for which the writer may find other numbers
+of the same meaning than `encode`. The functions that all may call lie in `kernels/triton/`.
 """
 
 import importlib
@@ -174,10 +176,11 @@ def tiers(store: Store, dims: tuple[int, int], dtype: torch.dtype, only: Side | 
 
 
 def parameters(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> list[str]:
-    """A kernel's parameters for a store's planes: the count, then tables and planes. What is known
-    of slots beside K and V follows them, and is no kernel's."""
+    """A kernel's parameters for a store's planes: the count, then tables and planes, and constants.
+    What is known of slots beside K and V follows them, and is no kernel's."""
     return ["count", *(name for side, tier, _, planes in tiers(store, dims, dtype)
-                       for name in (f"{side}_{tier}_table", *planes))]
+                       for name in (f"{side}_{tier}_table", *planes)),
+            *(["constants"] if store.constants else [])]
 
 
 def sizes(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> list[str]:
@@ -188,6 +191,11 @@ def sizes(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> list[str]:
 def source_of(store: Store, side: Side) -> Side:
     """Whose planes hold K, or V: V may be the first channels of K."""
     return "k" if store.v_in_k else side
+
+
+def own_constants(store: Store) -> list[str]:
+    """The statement that moves `constants` to those of `place`."""
+    return [f"constants += place * {store.constants}"] if store.constants else []
 
 
 def page(side: str, tier: str, ring: int | None, number: str) -> str:

@@ -19,6 +19,7 @@ def begin(store: Store, shape: Shape, cut: Tile) -> list[str]:
         "split = tl.program_id(0)",
         f"row, head = tl.program_id(1) // {shape.heads}, tl.program_id(1) % {shape.heads}",
         f"place = ((slot * batch + row) * {shape.heads} + head).to(tl.int64)",
+        *ts.own_constants(store),
         f"first_query = tl.program_id(2) * {cut.queries}",
         f"lanes = tl.arange(0, {m})",
         f"column, group_head = first_query + lanes // {g}, lanes % {g}",

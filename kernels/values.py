@@ -6,6 +6,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from kvcompile.errors import KVCompileError
+
 FLOATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
@@ -115,9 +117,39 @@ class Table:
             f" + above({x}, {m!r})" for m in middles[1:])
 
 
+@dataclass(frozen=True)
+class Given:
+    """A codebook of the layer's own: its numbers from `start` to `stop` (kvcompile/constants.py).
+
+    Kernels read them where they lie; a plain body is given the `Table` that they are.
+    """
+
+    start: int
+    stop: int
+
+    @property
+    def bits(self) -> int:
+        return (self.stop - self.start).bit_length() - 1
+
+    def decode(self, codes: Tensor) -> Tensor:
+        raise KVCompileError("the numbers of the layer are not known here")
+
+    encode = half_gap = decode
+
+    @property
+    def cpp(self) -> str:
+        return f"Given<{self.bits}, {self.start}>"
+
+    def triton(self, codes: str) -> str:
+        return f"given{self.stop - self.start}({codes}, constants + {self.start})"
+
+    def triton_code(self, x: str) -> str:
+        return f"given_code({x}, constants + {self.start}, {self.stop - self.start})"
+
+
 def float_bits(x: float) -> int:
     """The bits of `x` as a 32-bit float."""
     return int(torch.tensor(x, dtype=torch.float32).view(torch.int32)) & 0xFFFFFFFF
 
 
-Values = Whole | Float8 | Table
+Values = Whole | Float8 | Table | Given

@@ -237,8 +237,8 @@ class KVCache(Cache):
         gone = torch.tensor([n - m for n, m in zip(before, self.rows, strict=True)])
         for group in self.groups:
             site, counts = group.site, group.counts
-            module("kernels", "pages").crop(site.store, site.dims, site.dtype, group.planes, counts,
-                                            counts - gone[:, None])
+            module("kernels", "pages").crop(group.store, site.dims, site.dtype, group.planes,
+                                            counts, counts - gone[:, None])
 
     def _shorten(self, columns: int) -> None:
         self._columns = columns

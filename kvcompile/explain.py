@@ -74,7 +74,7 @@ class Report:
             if own[0].rule:
                 total += batch * self._selected(own, tokens)
             else:
-                total += sum(s.store.nbytes(s.dims, s.dtype, s.heads, [tokens] * batch, reserve)
+                total += sum(s.layout.nbytes(s.dims, s.dtype, s.heads, [tokens] * batch, reserve)
                              for s in own)
         return total
 
@@ -97,7 +97,7 @@ class Report:
                 each, every = more, site.heads * more
             most.append((each, every))
         widest = max(each for each, _ in most)
-        return sum(s.store.at_most(s.dims, s.dtype, s.heads, each, every, widest)
+        return sum(s.layout.at_most(s.dims, s.dtype, s.heads, each, every, widest)
                    for s, (each, every) in zip(sites, most, strict=True))
 
     def baseline_kv_bytes(self, tokens: int, batch: int = 1) -> int:

@@ -84,7 +84,8 @@ class Format(Protocol):
     """One storage format. The dataclass fields are its options, with their legal values.
 
     A class may also have `examples`, texts of it that show its options at work (the laws are
-    tried on all their combinations, `kvcompile/testing`), and `exempt`: law -> why not for it.
+    tried on all their combinations, `kvcompile/testing`), `exempt`: law -> why not for it, and
+    `per_layer`: options, lists of numbers, that layers differ in (`kvcompile/constants.py`).
     """
 
     name: ClassVar[str]

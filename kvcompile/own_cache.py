@@ -123,7 +123,7 @@ class OwnCache(KVCache):
         self._prompt = tokens
         for group in (g for g in self.groups if g.site.rule):
             site = group.site
-            store, places = site.store, [given[s.layer][2] for s in group.sites]
+            store, places = group.store, [given[s.layer][2] for s in group.sites]
             counts = torch.stack([(at >= 0).sum(-1) for at in places]).cpu()
             if store.slots:
                 rules = [Rule.parse(s.rule) for s in group.sites]
@@ -150,7 +150,7 @@ class OwnCache(KVCache):
         if site.store.slots:
             group = next(g for g in self.groups if site in g.sites)
             flat = module("kernels", "evict").slot_positions(
-                site.store, site.dims, site.dtype, group.planes, group.sites.index(site))
+                group.store, site.dims, site.dtype, group.planes, group.sites.index(site))
             return [flat[i : i + site.heads] for i in range(0, len(flat), site.heads)]
         if not site.rule:
             return super()._held(layer)

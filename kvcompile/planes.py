@@ -22,14 +22,17 @@ class Group:
     """
 
     def __init__(self, sites: Sequence[Site], batch: int, device: torch.device) -> None:
-        self.sites, self.site = tuple(sites), sites[0]
-        self.specs = self.site.store.planes(self.site.dims, self.site.dtype)
+        self.sites, self.site, self.store = tuple(sites), sites[0], sites[0].layout
+        self.specs = self.store.planes(self.site.dims, self.site.dtype)
         self.planes: list[Tensor] = []
         places = (len(sites), batch, self.site.heads)
         for spec in self.specs:
-            pages = (0,) if spec.name.endswith(".table") else ()
-            shape = (0, *spec.shape) if spec.shape else (*places, *pages, *spec.each)
+            last = (0,) if spec.name.endswith(".table") else (spec.each,) if spec.each else ()
+            shape = (0, *spec.shape) if spec.shape else (*places, *last)
             self.planes.append(torch.zeros(shape, dtype=spec.dtype, device=device))
+        if self.store.constants:
+            rows = torch.tensor([site.store.numbers_apart for site in sites])
+            self.plane("constants").copy_(rows[:, None, None])
         keys = dict.fromkeys(name.rpartition(".")[0] for name, *_ in self.specs)
         self.pages = {key: torch.zeros(places, dtype=torch.int64) for key in keys if key}
         self._least = {key: [0] * batch for key in self.pages}
@@ -40,7 +43,7 @@ class Group:
         `counts` has an entry for a row, or is int [layers, batch, heads]. Growing copies the
         tier's pools, one plane at a time.
         """
-        store, rows = self.site.store, None if isinstance(counts, Tensor) else counts
+        store, rows = self.store, None if isinstance(counts, Tensor) else counts
         if rows is not None and all(
                 store.pages(*key.split("."), n) <= least  # type: ignore[call-arg, arg-type]
                 for key, each in self._least.items() for n, least in zip(rows, each, strict=True)):

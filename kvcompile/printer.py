@@ -44,7 +44,8 @@ def _line(node: Node, names: dict[Node, str], symbols: dict[str, str]) -> str:
         if plane:
             shape = f" : {DTYPES[plane.dtype]}[pages, {', '.join(map(str, plane.shape))}]"
             if not plane.shape:
-                pages = ", pages" if plane.name.endswith("table") else ""
+                pages = ", pages" if plane.name.endswith("table") else (
+                    f", {plane.each}" if plane.each else "")
                 shape = f" : {DTYPES[plane.dtype]}[layers, B, H{pages}]"
         return f"{names[node]} = input{shape}"
     args = ", ".join(_value(a, names, symbols) for a in node.args)

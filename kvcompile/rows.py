@@ -64,8 +64,8 @@ def fused(site: Site) -> dict[str, str]:
     shape = attend.Shape(site.heads, site.q_heads // site.heads, site.dims, site.dtype, 1.0,
                          site.window)
     found = {"attend": "keys are rebuilt at read" if site.rebuilt else
-                       attend.unsupported(site.store, shape),
-             "append": append.unsupported(site.store, site.dims, site.dtype),
+                       attend.unsupported(site.layout, shape),
+             "append": append.unsupported(site.layout, site.dims, site.dtype),
              "evict": "there is no kernel for it" if site.store.slots else ""}
     return {op: reason for op, reason in found.items() if reason}
 

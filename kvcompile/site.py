@@ -1,7 +1,7 @@
 """The attention layers of a graph, and which of them share one set of planes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Graph, Node
@@ -32,12 +32,18 @@ class Site:
     rebuilt: bool = False  # keys are computed from what is stored at every read
     rotated: bool = False  # and rotated then
     rule: str = ""  # which tokens stay (kvcompile/rule.py), where scores decide
+    common: Store | None = None  # of layers that share planes and are stored almost alike
 
     @property
     def place(self) -> tuple[int, int]:
         """The layer that names the slot in which this one's K and V lie, and their number there."""
         own = self.layer if self.owner is None else self.owner
         return (self.members[0], self.members.index(own)) if self.members else (own, 0)
+
+    @property
+    def layout(self) -> Store:
+        """The store that the planes and the kernels are made for."""
+        return self.common or self.store
 
     @property
     def leads(self) -> bool:
@@ -55,7 +61,12 @@ def sites(graph: Graph) -> tuple[Site, ...]:
     """The kvc.attention nodes of `graph` as sites, in order of execution."""
     nodes = attention_nodes(graph)
     owner = owners(nodes)
-    return tuple(_site(i, node, owner.get(i)) for i, node in enumerate(nodes))
+    found = [_site(i, node, owner.get(i)) for i, node in enumerate(nodes)]
+    for layers in groups(found):
+        if len({found[i].store for i in layers}) > 1:
+            found = [replace(site, common=site.store.common) if site.place[0] in layers else site
+                     for site in found]
+    return tuple(found)
 
 
 def owners(nodes: Sequence[Node]) -> dict[int, int]:
@@ -71,7 +82,7 @@ def groups(sites: Sequence[Site]) -> list[list[int]]:
     alike: dict[tuple, list[int]] = {}
     for site in sites:
         if site.leads:
-            key = (site.store, site.heads, site.dims, site.dtype, bool(site.rule))
+            key = (site.store.common, site.heads, site.dims, site.dtype, bool(site.rule))
             alike.setdefault(key, []).append(site.layer)
     return list(alike.values())
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kvcompile import constants
 from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE, Format, format_of, step_bytes, term_of
 from kvcompile.format import Side as SideName
@@ -41,13 +42,13 @@ class Span(NamedTuple):
 
 
 class Plane(NamedTuple):
-    """One tensor of a store: `shape` of a page for pools; tables and the count have none. `each`
-    is the shape of what there is one of for every head."""
+    """One tensor of a store: `shape` of a page for pools; tables and the count have none. Of what
+    has no pages each (layer, row, head) has `each` numbers, one if there is no such number."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    each: tuple[int, ...] = ()
+    each: int = 0
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,29 @@ class Store:
         """The same, V being the first channels of K."""
         return replace(self, v=self.k, v_in_k=True)
 
+    @cached_property
+    def common(self) -> "Store":
+        """What the store has in common with others that differ in `numbers` alone."""
+        return self._apart[0]
+
+    @cached_property
+    def numbers_apart(self) -> tuple[float, ...]:
+        """What its formats have layer by layer, in the order in which `common` names them."""
+        return self._apart[1]
+
+    @cached_property
+    def _apart(self) -> tuple["Store", tuple[float, ...]]:
+        found: list[float] = []
+        k, v = (replace(side, format=constants.take(side.format, found))
+                for side in (self.k, self.v))
+        v = k if self.v_in_k else v
+        return replace(self, k=k, v=v), tuple(found)
+
+    @cached_property
+    def constants(self) -> int:
+        """How many numbers a layer's row of the plane `constants` has."""
+        return max(constants.many(self.side(side).format) for side in self.sides)
+
     @property
     def sides(self) -> tuple[SideName, ...]:
         """What has planes of its own."""
@@ -231,10 +255,12 @@ class Store:
         """The tensors of the store in order, for head dimensions (Dk, Dv) of a layer.
 
         `count` is int32 [layers, batch, kv heads]; for each tier a `table`, int32 [layers, batch,
-        kv heads, pages], and the format's planes, pools [pages, PAGE // step, *shape]. With
-        `slots` there follow, paged alike, the position id and the score of every token, by its
-        number, and the number of tokens that a head may hold, `limit`; with `rest` the mean K and
-        V, in fp32, of the tokens that a head has dropped, and their number.
+        kv heads, pages], and the format's planes, pools [pages, PAGE // step, *shape]. Where
+        formats have numbers of each layer there are `constants`, fp32 [layers, batch, kv heads,
+        n], the same for all rows and heads. With `slots` there follow, paged alike, the position
+        id and the score of every token, by its number, and the number of tokens that a head may
+        hold, `limit`; with `rest` the mean K and V, in fp32, of the tokens that a head has dropped,
+        and their number.
         """
         planes = [Plane("count", torch.int32, ())]
         for name, dim in zip(SIDES, dims, strict=True):
@@ -244,13 +270,15 @@ class Store:
                 for plane, spec in fmt.planes(dim * self.members, dtype, name).items():
                     planes.append(
                         Plane(f"{name}.{tier}.{plane}", spec.dtype, spec.page(fmt.step)))
+        if self.constants:
+            planes.append(Plane("constants", torch.float32, (), self.constants))
         if self.slots:
             planes += [Plane("slots.all.table", torch.int32, ()),
                        Plane("slots.all.position", torch.int32, (PAGE,)),
                        Plane("slots.all.score", torch.float32, (PAGE,)),
                        Plane("limit", torch.int32, ())]
         if self.rest:
-            planes += [*(Plane(f"rest_{name}", torch.float32, (), (dim,))
+            planes += [*(Plane(f"rest_{name}", torch.float32, (), dim)
                          for name, dim in zip(SIDES, dims, strict=True)),
                        Plane("rest_count", torch.int32, ())]
         return tuple(planes)
@@ -281,7 +309,8 @@ class Store:
                pages: Callable[[str, str], tuple[int, int]]) -> Iterator[int]:
         """Bytes of a layer's planes, where pages(side, tier) gives the tier's pages of all heads,
         and those of the fullest."""
-        yield 4 * heads * rows * (1 + self.slots + self.rest * (1 + sum(dims)))
+        rest = self.rest * (1 + sum(dims))
+        yield 4 * heads * rows * (1 + self.constants + self.slots + rest)
         bits = {SLOTS: 8 * PAGE}
         for name, dim in zip(SIDES, dims, strict=True):
             for tier in self.tiers(name):

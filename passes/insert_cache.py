@@ -90,7 +90,8 @@ def _prefill(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: lis
                         valid = chosen.stored(valid)
                     allowed = _call(graph, aten.bitwise_and.Tensor, valid, fine[-1])
                     planes, slot = place[members[0]]
-                    _append(graph, planes, [nodes[i] for i in members], [slot], allowed)
+                    _append(graph, planes, [nodes[i] for i in members], [slot], allowed,
+                            site.layout)
     for node in nodes:
         node.kwargs = {k: v for k, v in node.kwargs.items()
                        if k not in ("store", "members", "rule")}
@@ -110,18 +111,18 @@ def _extend(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list
                 tables = {n: angles.by_number(argument(node, n)) for n in ("cos", "sin")}
                 node.kwargs = {**node.kwargs, **tables}
             layer, member = site.place
-            mass[site.layer] = _attend(graph, node, *place[layer], member)
+            mass[site.layer] = _attend(graph, node, site.layout, *place[layer], member)
     with graph.inserting_before(graph.output_node()):
         ok = _storable(graph, [nodes[site.layer] for site in owners], owners)
         allowed = _call(graph, aten.bitwise_and.Tensor, argument(nodes[0], "valid"),
                         _call(graph, aten.all.default, ok))
         for own in shared:
             every = [i for layer in own.layers for i in sites[layer].members or (layer,)]
-            layers = [nodes[i] for i in every]
-            _append(graph, own.planes, layers, [*range(len(own.layers))], allowed)
-            if sites[own.layers[0]].store.slots:
+            layers, layout = [nodes[i] for i in every], sites[own.layers[0]].layout
+            _append(graph, own.planes, layers, [*range(len(own.layers))], allowed, layout)
+            if layout.slots:
                 _evict(graph, own.planes, layers, [m for i in own.layers if (m := mass[i])],
-                       allowed)
+                       allowed, layout)
     for node in nodes:
         graph.erase_node(node)
     return [ok]
@@ -139,7 +140,7 @@ def _call(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
 def _inputs(graph: Graph, number: int, site: Site) -> list[Node]:
     """The planes of a group as inputs of the graph, after those that it has."""
     at, planes = [n for n in graph.nodes if n.op == "placeholder"][-1], []
-    for spec in site.store.planes(site.dims, site.dtype):
+    for spec in site.layout.planes(site.dims, site.dtype):
         with graph.inserting_after(at):
             at = graph.placeholder(f"G{number}_{spec.name.replace('.', '_')}")
         at.meta["plane"] = spec
@@ -155,29 +156,30 @@ def _storable(graph: Graph, nodes: list[Node], sites: Sequence[Site]) -> Node:
 
 
 def _append(graph: Graph, planes: list[Node], nodes: list[Node], slots: list[int],
-            valid: Node) -> None:
+            valid: Node, layout: Store) -> None:
     k, v = ([argument(n, side) for n in nodes] for side in SIDES)
     _call(graph, APPEND, planes, k, v, argument(nodes[0], "positions"), valid,
-          store=argument(nodes[0], "store"), slots=slots)
+          store=str(layout), slots=slots)
 
 
-def _evict(graph: Graph, planes: list[Node], nodes: list[Node], mass: list[Node], valid: Node
-           ) -> None:
+def _evict(graph: Graph, planes: list[Node], nodes: list[Node], mass: list[Node], valid: Node,
+           layout: Store) -> None:
     k, v = ([argument(n, side) for n in nodes] for side in SIDES)
     group = argument(nodes[0], "q").meta["val"].shape[1] // k[0].meta["val"].shape[1]
     rules = [argument(n, "rule") for n in nodes]
     reads = any("ids" in Rule.parse(rule).needs for rule in rules)
     ids = {"ids": next(n for n in graph.nodes if n.op == "placeholder")} if reads else {}
     _call(graph, EVICT, planes, mass, k, v, argument(nodes[0], "positions"), valid,
-          store=argument(nodes[0], "store"), rules=rules, slots=[*range(len(nodes))],
-          group=int(group), **ids)
+          store=str(layout), rules=rules, slots=[*range(len(nodes))], group=int(group), **ids)
 
 
-def _attend(graph: Graph, node: Node, planes: list[Node], slot: int, member: int) -> Node | None:
+def _attend(graph: Graph, node: Node, layout: Store, planes: list[Node], slot: int, member: int
+            ) -> Node | None:
     """What each token gets of the softmax weights, where the layer's scores are made of that."""
     q, k, v, positions, valid, sinks = (
         argument(node, n) for n in ("q", "k", "v", "positions", "valid", "sinks"))
-    options = {n: argument(node, n) for n in ("scale", "window", "softcap", "store")}
+    options = {n: argument(node, n) for n in ("scale", "window", "softcap")}
+    options["store"] = str(layout)
     rule = argument(node, "rule")
     if rule and Rule.parse(rule).observes:
         options["mass"] = True

@@ -13,7 +13,6 @@ from kvcompile.kernels import cpp_append, cpp_attend, pages
 from kvcompile.planes import Group
 from kvcompile.site import Site
 from kvcompile.store import Store
-from kvcompile.testing.strategies import with_reader
 
 KIVI = ("store(k=int(bits={0}, axis=channel, group={1}), k_block=128, "
         "v=int(bits={0}, group={1}), v_lag=128)")
@@ -176,10 +175,6 @@ QUICK = {
     "direction-window": dict(store="store(k=direction(of=dense, kept=0), v=direction(t=0.2), "
                                    "sinks=3, window=300, members=2)", member=0, group=1),
 }
-
-
-QUICK |= {name: dict(store=text) for name, text in with_reader(
-    "cpp", [case["store"] for case in QUICK.values()]).items()}
 
 
 @pytest.mark.parametrize("name", QUICK)

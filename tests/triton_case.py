@@ -8,7 +8,6 @@ from kvcompile.kernels.triton_source import interpreted
 from kvcompile.planes import Group
 from kvcompile.site import Site
 from kvcompile.store import Store
-from kvcompile.testing.strategies import with_reader
 
 TABLE = ("[-0.95, -0.8, -0.65, -0.5, -0.4, -0.3, -0.2, -0.1, 0, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, "
          "0.95]")
@@ -51,8 +50,6 @@ STORES = {  # what the recipes make, and the corners of the formats
 MOVED = ("store(slots=true)", "store(k=int, v=int(bits=2), slots=true)",
          "store(k=nf4, v=hadamard(of=int(bits=4, symmetric=true)), slots=true)",
          "store(k=fp8, v=outliers(of=int(bits=4), fraction=0.1), slots=true)")
-
-STORES |= with_reader("triton", STORES.values())
 
 
 class Case:

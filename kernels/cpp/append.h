@@ -61,9 +61,10 @@ template <int MOST> struct Power {
 inline float number_of(half x) { return read(&x); }
 inline float number_of(exponent x) { return std::ldexp(1.0f, x.bits); }
 
-// code(x): the code of a number in units of the scale.
+// of(x): the code of a number in units of the scale; value(code) as a reader's `values` have it.
 template <class V> struct Code;
 template <int BITS, int OFFSET> struct Code<Whole<BITS, OFFSET>> {
+    explicit Code(const Whole<BITS, OFFSET>&) {}
     static uint8_t of(float x) {
         float y = std::nearbyint(x) + (float)OFFSET;
         return (uint8_t)std::min(std::max(y, 0.0f), (float)((1 << BITS) - 1));
@@ -71,6 +72,7 @@ template <int BITS, int OFFSET> struct Code<Whole<BITS, OFFSET>> {
     static float value(int code) { return (float)(code - OFFSET); }
 };
 template <int BITS, uint32_t... NUMBERS> struct Code<Table<BITS, NUMBERS...>> {
+    explicit Code(const Table<BITS, NUMBERS...>&) {}
     static uint8_t of(float x) {
         const uint32_t bits[16] = {NUMBERS...};
         int code = 0;
@@ -82,7 +84,18 @@ template <int BITS, uint32_t... NUMBERS> struct Code<Table<BITS, NUMBERS...>> {
         return as_float(bits[code]);
     }
 };
+template <int BITS, int START> struct Code<Given<BITS, START>> {
+    const float* numbers;
+    explicit Code(const Given<BITS, START>& values) : numbers(values.numbers) {}
+    uint8_t of(float x) const {
+        int code = 0;
+        for (int i = 0; i + 1 < (1 << BITS); i++) code += x > (numbers[i] + numbers[i + 1]) / 2.0f;
+        return (uint8_t)code;
+    }
+    float value(int code) const { return numbers[code]; }
+};
 template <int EXPONENT> struct Code<Float8<EXPONENT>> {
+    explicit Code(const Float8<EXPONENT>&) {}
     static uint8_t of(float x) {
         constexpr int mantissa = 7 - EXPONENT, bias = (1 << (EXPONENT - 1)) - 1, drop = 23 - mantissa;
         constexpr float most = EXPONENT == 4 ? 448.0f : 57344.0f;
@@ -126,7 +139,7 @@ template <bool K, int D, class V, class Fit, Axis AXIS, int GROUP, class S, bool
         int shift;
         long byte = place_of<K, D, V::bits>(token, channel, shift);
         long scale = AXIS == channel_axis ? (long)token / GROUP * D + channel : (long)channel / GROUP * PAGE + token;
-        float y = Code<V>::value(reader.codes[byte] >> shift & ((1 << V::bits) - 1)) * number_of(reader.scale[scale]);
+        float y = Code<V>(reader.values).value(reader.codes[byte] >> shift & ((1 << V::bits) - 1)) * number_of(reader.scale[scale]);
         if constexpr (LOW) y = y + number_of(reader.low[scale]);
         return y;
     }
@@ -138,13 +151,14 @@ template <bool K, int D, class V, class Fit, Axis AXIS, int GROUP, class S, bool
 
     static void write(const void* const* plane, long page, int at, const float (*x)[D], int n) {
         Reader reader(plane, page);
+        const Code<V> code(reader.values);
         uint8_t* codes = const_cast<uint8_t*>(reader.codes);
         S *scales = const_cast<S*>(reader.scale), *lows = const_cast<S*>(reader.low);
         auto put = [&](int token, int channel, float value) {
             int shift;
             uint8_t* byte = codes + place_of<K, D, V::bits>(token, channel, shift);
             constexpr int mask = (1 << V::bits) - 1;
-            *byte = (uint8_t)((*byte & ~(mask << shift)) | (Code<V>::of(value) << shift));
+            *byte = (uint8_t)((*byte & ~(mask << shift)) | (code.of(value) << shift));
         };
         auto group = [&](const float* values, int count, long where, auto&& put_one) {
             S scale, low;

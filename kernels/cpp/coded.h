@@ -2,6 +2,7 @@
 namespace kvc {
 
 constexpr int PAGE = 128;
+constexpr int CONSTANTS = 12;  // where a tier's planes name the layer's constants
 constexpr int WIDE = KVC_AVX512 ? 4 : 1;  // token groups or tiles that are worked on abreast
 enum Axis { channel_axis, token_axis };
 
@@ -31,6 +32,22 @@ template <int BITS, uint32_t... NUMBERS> struct Table {
     }
     template <int SHIFT> vf at(vi word) const { return lookup(table, shift<SHIFT>(word)); }
 };
+
+template <int BITS, int START> struct Given {  // a table of the layer's own
+    static constexpr int bits = BITS, offset = 0;
+    static constexpr bool whole = false;
+    float numbers[16];
+    vf table;
+    explicit Given(const void* const* plane) {
+        for (int i = 0; i < 16; i++) numbers[i] = ((const float*)plane[CONSTANTS])[START + i % (1 << BITS)];
+        table = load(numbers);
+    }
+    template <int SHIFT> vf at(vi word) const { return lookup(table, shift<SHIFT>(word)); }
+};
+template <class V> inline V values_of(const void* const* plane) {
+    if constexpr (std::is_constructible_v<V, const void* const*>) return V(plane);
+    else return V();
+}
 
 template <int EXPONENT> struct Float8 {  // e4m3 or e5m2
     static constexpr int bits = 8, offset = 0;
@@ -88,7 +105,7 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedK
     CodedK(const void* const* plane, long page)
         : codes((const uint8_t*)plane[0] + page * (PAGE / 16 * TILES * 64)),
           scale((const S*)plane[1] + page * SCALES),
-          low(LOW ? (const S*)plane[2] + page * SCALES : nullptr) {}
+          low(LOW ? (const S*)plane[2] + page * SCALES : nullptr), values(values_of<V>(plane)) {}
 
     // acc[i][r] += q[r] . codes of token group group + i, over tiles [first, last)
     template <int R, int N>
@@ -290,7 +307,7 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedV
     CodedV(const void* const* plane, long page)
         : codes((const uint8_t*)plane[0] + page * (PAGE * BYTES)),
           scale((const S*)plane[1] + page * SCALES),
-          low(LOW ? (const S*)plane[2] + page * SCALES : nullptr) {}
+          low(LOW ? (const S*)plane[2] + page * SCALES : nullptr), values(values_of<V>(plane)) {}
 
     template <int R> struct Weights {  // of every channel group: p times the scales
         alignas(64) float p[GROUPS][R][PAGE];

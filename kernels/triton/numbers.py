@@ -71,6 +71,29 @@ def table16(codes, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.cons
 
 
 @triton.jit
+def given4(codes, numbers):
+    """The numbers of a table in memory."""
+    low = choose(codes, tl.load(numbers), tl.load(numbers + 1), 1)
+    return choose(codes, low, choose(codes, tl.load(numbers + 2), tl.load(numbers + 3), 1), 2)
+
+
+@triton.jit
+def given16(codes, numbers):
+    low = choose(codes, given4(codes, numbers), given4(codes, numbers + 4), 4)
+    high = choose(codes, given4(codes, numbers + 8), given4(codes, numbers + 12), 4)
+    return choose(codes, low, high, 8)
+
+
+@triton.jit
+def given_code(x, numbers, MANY: tl.constexpr):
+    """How many of the middles of neighbours in a table in memory x lies above."""
+    code = (x > (tl.load(numbers) + tl.load(numbers + 1)) * 0.5).to(tl.int32)
+    for i in tl.static_range(1, MANY - 1):
+        code += (x > (tl.load(numbers + i) + tl.load(numbers + i + 1)) * 0.5).to(tl.int32)
+    return code
+
+
+@triton.jit
 def above(x, HALF_WAY: tl.constexpr):
     """1 where x lies above the middle of two neighbours of a table."""
     return (x > HALF_WAY).to(tl.int32)

@@ -137,7 +137,7 @@ def compiled(site: Site) -> Callable:
     """
     cpp = module("kernels", "cpp_attend")
     scale = site.dims[0] ** -0.5
-    why = cpp.unsupported(site.store, cpp.Shape(site.heads, site.q_heads // site.heads, site.dims,
+    why = cpp.unsupported(site.layout, cpp.Shape(site.heads, site.q_heads // site.heads, site.dims,
                                                 site.dtype, scale))
     if why:
         raise KVCompileError(f"no kernel: {why}")
@@ -159,7 +159,7 @@ def compiled(site: Site) -> Callable:
     q, k, v, *planes, positions, valid = [graph.placeholder(f"x{i}") for i in range(len(inputs))]
     outputs = [graph.call_function(operator.getitem, (graph.call_function(
         ATTEND, (q, k, v, planes, positions, valid, None),
-        {"scale": scale, "store": str(site.store), "slot": slot}), 0)) for slot in range(LAYERS)]
+        {"scale": scale, "store": str(site.layout), "slot": slot}), 0)) for slot in range(LAYERS)]
     graph.output(tuple(outputs))
     return compile_graph(torch.fx.GraphModule({}, graph), inputs, [*dynamic, [], []])
 
@@ -171,7 +171,7 @@ def _filled(site: Site, tokens: int) -> list[Tensor]:
     k, v = (torch.randn(1, site.heads, tokens, dim).to(site.dtype) for dim in site.dims)
     at = torch.arange(tokens)[None]
     APPEND(group.planes, [k], [v], at, torch.ones_like(at, dtype=torch.bool),
-           store=str(site.store), slots=[0])
+           store=str(site.layout), slots=[0])
     for spec, plane in zip(group.specs, group.planes, strict=True):
         if spec.shape or spec.name == "count":
             layers = plane.unflatten(0, (LAYERS, -1))

@@ -32,9 +32,9 @@ def slots(cache: KVCache, layer: int, row: int) -> tuple[Tensor, Tensor, Tensor]
     ids, counts = cache.positions(layer, by_slot=True)[row], named["count"][row].tolist()
     out = [torch.zeros(site.heads, ids.shape[1], dim) for dim in site.dims]
     for side, x in zip(site.store.sides, out, strict=False):
-        tiers = pages.tiers(site.store, side, named, x.shape[-1], torch.float32)
+        tiers = pages.tiers(group.store, side, named, x.shape[-1], torch.float32)
         for head, count in enumerate(counts):
-            own = pages.stored(site.store, side, tiers, row, slice(head, head + 1), count)[0]
+            own = pages.stored(group.store, side, tiers, row, slice(head, head + 1), count)[0]
             x[head, : len(own)] = own.narrow(-1, member * x.shape[-1], x.shape[-1])
     if site.store.v_in_k:
         out[1] = out[0][..., : site.dims[1]]

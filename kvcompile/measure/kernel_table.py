@@ -70,7 +70,7 @@ def fallbacks(program: Program) -> list[str]:
     found: dict[str, list[int]] = {}
     for site in program.sites:
         for op in (ATTEND, APPEND):
-            why = gpu.unsupported(op, site.store, site.heads, site.q_heads, site.dims, site.dtype)
+            why = gpu.unsupported(op, site.layout, site.heads, site.q_heads, site.dims, site.dtype)
             if op is ATTEND and (site.rebuilt or site.rotated):
                 why = gpu.REBUILT
             if why and (op is ATTEND or site.owner is None):
@@ -106,10 +106,10 @@ def kernels(program: Program, targets: Sequence[str], all_methods: bool = False,
     for label, site in every(program) if all_methods else own:
         if geometry:
             site = replace(site, q_heads=geometry[0], heads=geometry[1], dims=(geometry[2],) * 2)
-        shape = shapes.shape_of(site.store, site.heads, site.q_heads, site.dims, site.dtype,
+        shape = shapes.shape_of(site.layout, site.heads, site.q_heads, site.dims, site.dtype,
                                 site.dims[0] ** -0.5, site.window)
         rebuilt = site.rebuilt or site.rotated
-        labels = alike.setdefault((site.store, shape, rebuilt), [])
+        labels = alike.setdefault((site.layout, shape, rebuilt), [])
         labels += [] if label in labels else [label]
     rows, missing = [], []
     sources: dict[str, str] = {}

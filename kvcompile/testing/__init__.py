@@ -8,7 +8,18 @@ draws examples with hypothesis for every law and everything named (by default al
 registered). `python -m kvcompile.testing` prints what is covered. docs/laws.md.
 """
 
-from kvcompile.testing import formats, models, stores  # noqa: F401  # their laws
-from kvcompile.testing.law import LAWS, Law, check, check_registered, exempt, law, pairs, registered
+from kvcompile.testing import formats, kernels, models, stores  # noqa: F401  # their laws
+from kvcompile.testing.law import (
+    LAWS,
+    Law,
+    absent,
+    check,
+    check_registered,
+    exempt,
+    law,
+    pairs,
+    registered,
+)
 
-__all__ = ["LAWS", "Law", "check", "check_registered", "exempt", "law", "pairs", "registered"]
+__all__ = ["LAWS", "Law", "absent", "check", "check_registered", "exempt", "law", "pairs",
+           "registered"]

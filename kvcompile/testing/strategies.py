@@ -4,7 +4,6 @@ Formats are drawn from what their class shows in `examples`: every value that an
 of them is combined with every other. Methods are drawn from the legal values of their parameters.
 """
 
-from collections.abc import Iterable
 from dataclasses import fields
 from functools import cache
 from typing import Any, NamedTuple
@@ -69,14 +68,6 @@ def examples(cls: type[Format]) -> tuple[Term, ...]:
     """What a format shows of itself: its `examples`, else the format without options."""
     texts = getattr(cls, "examples", ()) or (cls.name,)
     return tuple(parse_term(text) for text in texts)
-
-
-def with_reader(attribute: str, texts: Iterable[str]) -> dict[str, str]:
-    """Stores of the registered formats that have a kernel, by `attribute`, and are in no text."""
-    told = "".join(texts)
-    shown = {name: examples(cls)[0] for name, cls in formats().items()
-             if hasattr(cls, attribute) and name not in told}
-    return {name: f"store(k={term}, v={term})" for name, term in shown.items()}
 
 
 def formats_of(cls: type[Format], depth: int = 2) -> st.SearchStrategy[Format]:
@@ -206,4 +197,4 @@ def decoders() -> st.SearchStrategy[dict[str, Any]]:
 
 
 __all__ = ["DIMS", "EDGES", "PAGE", "Features", "any_format", "decoders", "dims", "examples",
-           "features", "fits", "formats_of", "plain_features", "recipes", "terms", "with_reader"]
+           "features", "fits", "formats_of", "plain_features", "recipes", "terms"]

@@ -39,8 +39,13 @@ OPTIONS = {
     "latent-turned": dict(store=STORES["latent-turned"], dims=(64, 16), lengths=(3, 150)),
     "odd-dims-2": dict(store=STORES["gear"], dims=(96, 96), lengths=(140,)),
 }
-TWICE = {"kivi4", "int8", "clip", "nf4", "outliers", "nested", "centered", "minicache",
-         "latent-turned"}  # parts of others' too
+LAWS = {"full", "window", "kivi2", "kivi4", "int8", "fp8", "nf4", "quarot", "zipcache", "gear",
+        "nuq", "latent", "slots"}  # tried by test_registered_interpreted.py, with other numbers
+TWICE = {"clip", "outliers", "nested", "centered", "minicache", "latent-turned"}  # parts of others'
+
+
+def slow(names):
+    return [pytest.param(n, marks=pytest.mark.slow) if n in names else n for n in STORES]
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +55,7 @@ def quiet():
         yield
 
 
-@pytest.mark.parametrize("name", STORES)
+@pytest.mark.parametrize("name", slow(LAWS))
 def test_attend_is_the_body(name):
     Case(STORES[name]).check()
 
@@ -60,8 +65,7 @@ def test_attend_with_options(name):
     Case(**OPTIONS[name]).check()
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in TWICE else n
-                                  for n in STORES])
+@pytest.mark.parametrize("name", slow(LAWS | TWICE))
 def test_append_is_the_body_bit_for_bit(name):
     stored_alike(STORES[name])
 
