@@ -18,7 +18,7 @@ demo: compiler $(INSTALLED)
 
 # make test runs what is quick, make test-all also the tests that are marked slow
 test test-all: compiler lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
 		$(if $(filter test,$@),-m "not slow") $(ARGS)
 
 # the laws on new examples for an hour (docs/laws.md); ARGS="--minutes 300"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from kvcompile.backend.inductor import lazy_graphs
 from kvcompile.errors import UnsupportedModelError
 from kvcompile.ir import argument, attention_nodes
 from kvcompile.structure.lazy import LazyGraphModule
@@ -175,13 +176,14 @@ def _export(model: PreTrainedModel, batch: int, tokens: int,
     positions = torch.arange(tokens, device=device).expand(batch, -1).contiguous()
     example = (ids, positions, torch.ones_like(ids, dtype=torch.bool),
                torch.arange(3, device=device))
-    with torch.no_grad(), _as_traced(model):
+    with torch.no_grad(), lazy_graphs(), _as_traced(model):
         program = torch.export.export(_Stateless(model), example, dynamic_shapes=shapes,
                                       strict=False)
         masks = list(_trace.masks) if _trace else []
-    if any(_mutates(n) for n in program.graph.nodes):  # slow, and few models write in place
-        program = program.run_decompositions({})
-    return _plain(program.module(check_guards=False)), masks
+    with lazy_graphs():
+        if any(_mutates(n) for n in program.graph.nodes):  # slow, and few models write in place
+            program = program.run_decompositions({})
+        return _plain(program.module(check_guards=False)), masks
 
 
 def _mutates(node: torch.fx.Node) -> bool:

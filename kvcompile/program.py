@@ -18,7 +18,16 @@ from kvcompile.ir import attention_nodes
 from kvcompile.plan import plan
 from kvcompile.printer import text
 from kvcompile.recipe import Recipe
-from kvcompile.rewrite import Outcome, Pass, check_axes, copy_graph, passes, phases, run_passes
+from kvcompile.rewrite import (
+    Outcome,
+    Pass,
+    check_axes,
+    copy_graph,
+    passes,
+    phases,
+    run_passes,
+    same_graph,
+)
 from kvcompile.site import Site, groups, sites
 
 
@@ -94,7 +103,8 @@ class Program:
         def record(p: Pass, gm: GraphModule, outcomes: list[Outcome], seconds: float) -> None:
             out.outcomes[p.name] = outcomes
             out.seconds[p.name] = out.seconds.get(p.name, 0.0) + seconds
-            out.snapshots[p.name] = copy_graph(gm)
+            *_, last = out.snapshots.values()
+            out.snapshots[p.name] = last if same_graph(gm, last) else copy_graph(gm)
             if watch:
                 watch(p, gm, outcomes, seconds)
 

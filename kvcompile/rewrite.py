@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar, Protocol
 
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from kvcompile.errors import KVCompileError
 from kvcompile.ir import argument, attention_nodes
@@ -118,6 +118,15 @@ def _run(p: Pass, gm: GraphModule, plan: Sequence[LayerPlan]) -> list[Outcome]:
             if argument(nodes[layer], name) != value:
                 nodes[layer].kwargs = {**nodes[layer].kwargs, name: value}
     return told
+
+
+def same_graph(a: GraphModule, b: GraphModule) -> bool:
+    """Whether two graphs have the same nodes, by their names, in the same order."""
+    def line(node: Node) -> tuple[str, str, str]:
+        return node.name, str(node.target), f"{node.args} {node.kwargs}"
+
+    return len(a.graph.nodes) == len(b.graph.nodes) and all(
+        line(x) == line(y) for x, y in zip(a.graph.nodes, b.graph.nodes, strict=True))
 
 
 def copy_graph(gm: GraphModule) -> GraphModule:

@@ -19,6 +19,14 @@ def pytest_addoption(parser):
                      "share of so many minutes (mark.share, default 1), and count examples")
 
 
+LONG = ("test_registered_triton.py", "test_triton.py", "test_registered_kernels.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Files of few, long tests first: a process that gets one last keeps the others waiting."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "share(n): of --minutes, n times what others get")
     if config.getoption("--minutes"):

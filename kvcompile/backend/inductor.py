@@ -7,13 +7,15 @@
     make_fx   Dynamo graphs as ATen ops before any decomposition
     pick_vec_isa   finds by compiling trial programs what vectors the CPU and the C++ compiler have
     get_cpp_compiler, InvalidCxxCompiler   whether there is a compiler, before a model is captured
+    torch.fx._lazy_graph_module._use_lazy_graph_module   torch.export makes a score of graph modules
+        on its way, whose Python nobody runs: writing it is a quarter of its time
     torch._subclasses.FakeTensorMode, ShapeEnv, StatelessSymbolicContext, DimDynamic   inputs with
         symbolic sizes
 """
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from threading import Thread
 from typing import cast
 
@@ -28,6 +30,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
@@ -75,6 +78,11 @@ def check_compiler() -> None:
         wanted = os.environ.get("CXX", "g++")
         raise KVCompileError(f"no working C++ compiler ({wanted}): install g++ or set CXX, or pass "
                              "compile=False for the slow plain bodies") from None
+
+
+def lazy_graphs() -> AbstractContextManager[None]:
+    """Within it torch writes the Python of graph modules when they are first called."""
+    return cast(AbstractContextManager[None], _use_lazy_graph_module(True))
 
 
 def to_aten(gm: GraphModule) -> GraphModule:
