@@ -30,11 +30,13 @@ def _layer(p: Mapping[str, Any], k: str, v: str) -> Axes:
         if p["outliers"]:
             code = f"outliers(of={code}, fraction={p['outliers']})"
         axes[f"format.{side}"] = code
+    axes |= {"recompute": "turned"} if p["pre_rope"] else {}
     return {**axes, "sinks": p["sinks"]} if p["sinks"] else axes
 
 
 def _calibrate(p: Mapping[str, Any], samples: Samples) -> Axes:
     """Sections 3.3 and 3.4: the diagonal of the Fisher information weighs each number."""
+    samples = samples.under("prerope") if p["pre_rope"] else samples
     tables: dict[str, list[tuple[float, ...]]] = {"k": [], "v": []}
     tokens = samples.ids.shape[1]
     if tokens < p["sinks"] + 32:
@@ -107,12 +109,14 @@ METHODS = (Method(
         Param("outliers", 0.01, minimum=0, maximum=0.25, help="share of each group that is stored "
               "apart, exactly"),
         Param("sinks", 1, minimum=0, help="first tokens kept in full precision"),
+        Param("pre_rope", False, choices=(False, True), help="K is stored before RoPE, as in the "
+              "paper, and turned at every read, by no fused kernel"),
         Param("k", None, calibrated=True, help="codebook of K, 4 or 16 numbers for each layer"),
         Param("v", None, calibrated=True, help="codebook of V, 4 or 16 numbers for each layer"),
     ),
     axes=_axes,
     calibrate=_calibrate,
     note="K per channel in blocks of 128 tokens, V per token, codebooks by k-means weighted with "
-    "squared gradients of the loss. K is stored after RoPE, in the paper before it, and its "
-    "ranges are those of each block, in the paper fixed offline; no 3 bits, no Q-Norm",
+    "squared gradients of the loss. By default K is stored after RoPE, in the paper before it, and "
+    "its ranges are those of each block, in the paper fixed offline; no 3 bits, no Q-Norm",
 ),)

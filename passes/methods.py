@@ -2,7 +2,8 @@
 
 Axes set here: ``format.k`` and ``format.v`` name the storage format; ``block.*`` is how many tokens
 leave the full-precision residual at a time; ``lag.*`` is how many of the latest tokens stay in it
-after they left; ``sinks`` and ``window`` are how many of the first and last tokens are kept.
+after they left; ``sinks`` and ``window`` are how many of the first and last tokens are kept;
+``recompute=turned`` stores keys before their rotation (`passes/place.py`).
 """
 
 from __future__ import annotations
@@ -84,6 +85,10 @@ def _zipcache(p: Mapping[str, Any]) -> Axes:
     by_token = f"scaled(of=int(bits={p['bits']}, axis=token, group=128), block=128)"
     return {"format.k": by_channel if p["keys"] == "channel" else by_token, "block.k": 128,
             "lag.k": 0, "format.v": by_token, "block.v": 128, "lag.v": 0}
+
+
+def _prerope(p: Mapping[str, Any]) -> Axes:
+    return {"recompute": "turned"}
 
 
 def groups(what: str, default: int = 32) -> Param:
@@ -217,6 +222,17 @@ METHODS: tuple[Method, ...] = (
         note="V channel-separable per token: each channel is divided by the root of its largest "
         "magnitude, then each token has one scale. Missing: the second tier, fewer bits for "
         "tokens of low normalized attention, which every 100 tokens decides anew",
+    ),
+    Method(
+        name="prerope",
+        title="Keys before RoPE",
+        paper="arXiv:2401.18079",
+        family="quantization",
+        params=(),
+        axes=_prerope,
+        note="KVQuant's section 3.2 for any format: keys are stored before their rotation, which "
+        "mixes the magnitudes of two channels, and turned at every read; layers whose keys are not "
+        "rotated as a whole keep them as they are",
     ),
     Method(
         name="streamingllm",

@@ -6,8 +6,9 @@ The tensors that are cached are those of the cheapest cut (`passes/mincut.py`) i
 the recipe stores them, over all layers at once. By default only what q and W_o can absorb may be
 computed again at read: linears between the cached tensors and K or V. So multi-head latent
 attention caches its latent and one rotary key, and a factored projection its latent, whatever the
-model is called. The axis `recompute` allows more: `rope` rebuilds keys at read, and `hidden` caches
-tensors that queries are made of as well. K and V that are the cheapest cut stay as they are.
+model is called. The axis `recompute` allows more: `rope` rebuilds keys at read, `turned` does not
+cache keys that are rotated already, and `hidden` caches tensors that queries are made of as well.
+K and V that are the cheapest cut stay as they are.
 """
 
 from collections.abc import Sequence
@@ -29,7 +30,8 @@ from kvcompile.structure.layout import Layout, Made, lay, linear_input, made_of
 from kvcompile.structure.movement import CASTS, feeds, moves, packet
 from kvcompile.structure.sources import is_linear
 
-CHOICES = ("absorbed", "rope", "hidden")
+AGAIN = ("rope", "hidden")  # under which whatever is rotated may be rotated at read
+CHOICES = ("absorbed", "rope", "turned", "hidden")
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ class _Region:
         self.inputs: dict[Node, list[Node] | None] = {}
         self.sides: dict[Node, str] = {}
         self.queries = self._cone(argument(node, "q"))
+        self.turned = set(_whole(self.k)) if self.choice == "turned" else set[Node]()
         done = not given.plain or given.v_in_k or argument(node, "basis") or argument(node, "cos")
         linears: list[Node] = []
         for side, root in zip(SIDES, (self.k, self.v), strict=True):
@@ -171,13 +174,13 @@ class _Region:
             return feeds(node)
         if again and is_linear(node):
             return [linear_input(node)]
-        if again and node.target is ROPE and self.choice != CHOICES[0]:
+        if again and node.target is ROPE and (node in self.turned or self.choice in AGAIN):
             return [argument(node, "x")]
         return None
 
     def bits(self, node: Node) -> float:
         """What caching `node` takes of a token, or infinite where it must not be cached."""
-        if node not in (self.k, self.v) and (
+        if node in self.turned or node not in (self.k, self.v) and (
                 not per_token(node) or node in self.queries and self.choice != "hidden"):
             return INFINITE
         side = self.sides[node]
@@ -222,6 +225,18 @@ class _merge:
     def again(self, node: Node) -> float:
         """Next to nothing: of equally small cuts the one that leaves least to do."""
         return 0.0 if moves(node) else 2.0**-10
+
+
+def _whole(k: Node) -> list[Node]:
+    """`k` and what it is a view or a cast of, up to the rotation of all its channels; none without
+    one."""
+    found = [k]
+    while found[-1].target is not ROPE:
+        before = feeds(found[-1]) if moves(found[-1]) or packet(found[-1]) in CASTS else []
+        if len(before) != 1:
+            return []
+        found += before
+    return found
 
 
 def _biased(k: Made, v: Made) -> bool:

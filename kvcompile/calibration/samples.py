@@ -18,8 +18,10 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn.functional import cross_entropy
 
 from kvcompile.errors import KVCompileError
-from kvcompile.ir import ATTENTION, argument, attention_nodes
+from kvcompile.ir import ATTENTION, ROPE, argument, attention_nodes
 from kvcompile.kernels.dense_attention import causal
+from kvcompile.kernels.rebuild import Rebuild
+from kvcompile.kernels.rotary import rope
 from kvcompile.method import find_method
 from kvcompile.plan import claimed_layers, plan
 from kvcompile.recipe import Recipe, Term
@@ -33,7 +35,8 @@ ROWS, TOKENS = 4, 256  # of the text that a model writes for itself
 
 @dataclass(frozen=True)
 class Sample:
-    """One layer's attention on the text: q [N, Hq, T, Dk], k [N, H, T, Dk], v [N, H, T, Dv]."""
+    """One layer's attention on the text: q [N, Hq, T, Dk], k [N, H, T, Dk], v [N, H, T, Dv]. Of
+    keys that are rebuilt at read k is what is cached of them."""
 
     q: Tensor
     k: Tensor
@@ -57,6 +60,13 @@ class Samples:
         """The same text, other layers."""
         return Samples(self.gm, self._given, layers)
 
+    def under(self, recipe: str | Recipe) -> Samples:
+        """The same text and layers by a recipe: k and v are what it would cache."""
+        gm = copy_graph(self.gm)
+        gm.meta["text"] = lambda: self.ids
+        run_passes(passes(), gm, plan(recipe, len(attention_nodes(gm.graph))))
+        return Samples(gm, self._given, self.layers)
+
     @cached_property
     def ids(self) -> Tensor:
         """The text; it may have to be written first."""
@@ -77,9 +87,7 @@ class Samples:
 
     def hidden(self, recipe: str | Recipe) -> Tensor:
         """The last hidden states [N, T, hidden], which the logits' linear is given, by `recipe`."""
-        gm = copy_graph(self.gm)
-        gm.meta["text"] = lambda: self.ids
-        run_passes(passes(), gm, plan(recipe, len(attention_nodes(gm.graph))))
+        gm = self.under(recipe).gm
         output = gm.graph.output_node()
         head = output.all_input_nodes[0]
         while head.target is not torch.ops.aten.linear.default and head.all_input_nodes:
@@ -118,6 +126,9 @@ class _Attention(Interpreter):
         self.grad, self.samples = grad, list[Sample]()
 
     def run_node(self, n: Node) -> Any:
+        if n.target is ROPE:  # by its body: gradients flow through it
+            args, options = self.fetch_args_kwargs_from_env(n)
+            return rope(*args, **options)
         if n.op == "placeholder" or n.target is not ATTENTION:
             return super().run_node(n)
 
@@ -130,7 +141,8 @@ class _Attention(Interpreter):
             k, v = k.detach().requires_grad_(), v.detach().requires_grad_()
         sample = Sample(q, k, v, *(given(x) for x in ("scale", "window", "softcap", "sinks")))
         self.samples.append(sample)
-        return causal(q, k, v, sample.scale, sample.window, sample.softcap, sample.sinks)
+        read = Rebuild(*(given(x) for x in ("basis", "offset", "cos", "sin", "style"))).keys(k)
+        return causal(q, read, v, sample.scale, sample.window, sample.softcap, sample.sinks)
 
 
 class Text:
