@@ -105,14 +105,15 @@ def _one_by_one(store: Store, q: Tensor, k: Tensor, v: Tensor, scale: float, win
     out = []
     for i in range(n):
         low = max(0, i - window + 1) if window else 0
-        kept = torch.tensor([t for t in (*store.numbers(i), i) if t >= low], device=q.device)
+        both = zip((*store.numbers(i), i), (*store.turned_by(i), i), strict=True)
+        kept, by = torch.tensor([own for own in both if own[0] >= low], device=q.device).T
         seen = []
         for side in store.sides:
             start, end = (store.sinks + at for at in store.spans(side, i)["body"])
             in_body = (kept >= start) & (kept < end)
             seen.append(torch.where(in_body[:, None], coded[side][:, kept], given[side][:, kept]))
         values = seen[0][..., : v.shape[-1]] if store.v_in_k else seen[1]
-        keys = rebuild.at(kept).keys(seen[0])
+        keys = rebuild.at(by).keys(seen[0])
         out.append(attend_row(q[:, i : i + 1], keys, values, scale, 0, softcap, sinks)[0])
     return torch.cat(out, 1)
 
@@ -213,7 +214,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Ten
                 old.append(old[0][..., : v.shape[-1]])
             if not rebuild.idle:
                 own, after = rebuild.heads(heads, heads_).row(row), n + new[0].shape[1]
-                numbers = torch.tensor(parsed.numbers(n), dtype=torch.long, device=q.device)
+                numbers = torch.tensor(parsed.turned_by(n), dtype=torch.long, device=q.device)
                 old[0] = own.at(numbers).keys(old[0])
                 new[1] = own.at(slice(n, after)).keys(new[1])
             own_sinks = None if sinks is None else sinks[queries]

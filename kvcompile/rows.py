@@ -93,7 +93,8 @@ def storage(store: Store) -> str:
         lines = [f"K {lines[0]}", f"V {lines[1]}"]
     kept = [f"{word} {n}" for word, n in (("first", store.sinks), ("last", store.window)) if n]
     if kept:
-        lines.append(f"{' and '.join(kept)} tokens" + ("" if store.window else " exact"))
+        lines.append(f"{' and '.join(kept)} tokens" + ("" if store.window else " exact")
+                     + ", side by side" * store.side_by_side)
     return "\n".join(lines)
 
 

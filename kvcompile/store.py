@@ -79,7 +79,8 @@ class Store:
     `members` layers may share a store: formats are then given their channels side by side.
     `v_in_k`: V is the first channels of K, as in multi-head latent attention, and has no planes.
     `slots`: what is known of every token is stored, too; `rest`: one more slot of every head stands
-    for all that it has dropped.
+    for all that it has dropped. `side_by_side`: keys that are turned at read are given the
+    positions right before the call's own, as if nothing stood between those that are kept.
     """
 
     k: Side
@@ -90,6 +91,7 @@ class Store:
     v_in_k: bool = False
     slots: bool = False
     rest: bool = False
+    side_by_side: bool = False
 
     @staticmethod
     @cache
@@ -101,7 +103,8 @@ class Store:
         axes |= {name: term.get(name) for name in ("sinks", "window", "v_in_k")}
         store = Store.of({a: v for a, v in axes.items() if v is not None})
         return replace(store, members=term.get("members", 1),  # type: ignore[arg-type]
-                       slots=bool(term.get("slots")), rest=bool(term.get("rest")))
+                       slots=bool(term.get("slots")), rest=bool(term.get("rest")),
+                       side_by_side=bool(term.get("side_by_side")))
 
     @staticmethod
     def of(axes: Mapping[str, object], own: int = 0) -> "Store":
@@ -138,7 +141,7 @@ class Store:
         args += [(n, getattr(self, n)) for n in ("sinks", "window", "v_in_k") if getattr(self, n)]
         if self.members > 1:
             args.append(("members", self.members))
-        args += [(n, True) for n in ("slots", "rest") if getattr(self, n)]
+        args += [(n, True) for n in ("slots", "rest", "side_by_side") if getattr(self, n)]
         return str(Term("store", tuple(args)))  # type: ignore[arg-type]
 
     def side(self, name: str) -> Side:
@@ -216,6 +219,12 @@ class Store:
         """The numbers of the kept tokens, oldest first."""
         sinks = min(count, self.sinks)
         return [*range(sinks), *range(self.sinks + self.first(count), count)]
+
+    def turned_by(self, count: int) -> list[int]:
+        """The numbers whose positions the kept tokens' keys are given, if they are turned at read.
+        """
+        kept = self.numbers(count)
+        return [*range(count - len(kept), count)] if self.side_by_side else kept
 
     def format(self, name: str, tier: str) -> Format:
         return self.side(name).format if tier == "body" else format_of(DENSE)

@@ -22,7 +22,8 @@ def _full(p: Mapping[str, Any]) -> Axes:
 
 
 def _streamingllm(p: Mapping[str, Any]) -> Axes:
-    return {"sinks": p["sinks"], "window": p["window"]}
+    beside = {"positions": "slot", "recompute": "turned"} if p["positions"] == "slot" else {}
+    return {"sinks": p["sinks"], "window": p["window"], **beside}
 
 
 def _kivi(p: Mapping[str, Any]) -> Axes:
@@ -242,8 +243,11 @@ METHODS: tuple[Method, ...] = (
         params=(
             Param("sinks", 4, minimum=0, help="first tokens that stay"),
             Param("window", 1024, minimum=1, help="latest tokens that stay"),
+            Param("positions", "original", choices=("original", "slot"),
+                  help="of keys: where they were, or by place in the cache"),
         ),
         axes=_streamingllm,
-        note="keys keep their original positions; the paper numbers them by place in the cache",
+        note="positions=slot is the paper's: keys are stored before their rotation and turned at "
+        "every read, which has no fused kernel",
     ),
 )

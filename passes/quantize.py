@@ -35,7 +35,7 @@ class Quantize:
                 continue
             old = Store.parse(argument(node, "store"))
             store = replace(Store.of({**axes, "v_in_k": old.v_in_k}), sinks=old.sinks,
-                            window=old.window)
+                            window=old.window, side_by_side=old.side_by_side)
             words = []
             for side in store.sides:
                 value = argument(node, side).meta["val"]

@@ -24,7 +24,8 @@ class Select:
     """Keep the first `sinks` and the last `window` tokens; drop the others when one more arrives.
 
     Without a window none are dropped: the first ones are stored exactly, whatever the format.
-    Layers with an attention window of their own keep no more than it shows (`Store.of`).
+    Layers with an attention window of their own keep no more than it shows (`Store.of`). With
+    `positions=slot` keys are turned at read to lie side by side.
 
     The axes `keep.*` are the fields of a `Rule`: scores decide which of a prompt's tokens are
     stored, head by head, and with `keep.every` which stay while decoding; `keep.channels` which
@@ -34,7 +35,7 @@ class Select:
 
     name: ClassVar[str] = "select"
     order: ClassVar[int] = 50
-    axes: ClassVar[tuple[str, ...]] = ("sinks", "window", *(KEEP + name for name in (
+    axes: ClassVar[tuple[str, ...]] = ("sinks", "window", "positions", *(KEEP + name for name in (
         "score", "budget", "sinks", "recent", "every", "merge", "positions", "channels")))
 
     def run(self, gm: GraphModule, plan: Sequence[LayerPlan]) -> list[Outcome]:
@@ -54,12 +55,17 @@ class Select:
             kept = Store.of(axes, argument(node, "window"))
             if not kept.window and not kept.sinks:
                 continue
+            beside = axes.get("positions") == "slot" and kept.sinks > 0 and kept.window > 0
+            if beside and argument(node, "cos") is None:
+                raise RecipeError(f"{plan[index].origin['positions']}: layer {index}: positions="
+                                  "slot: its keys are not cached before a rotation (see place)")
             store = replace(Store.parse(argument(node, "store")), sinks=kept.sinks,
-                            window=kept.window)
+                            window=kept.window, side_by_side=beside)
             node.kwargs = cast(Any, {**node.kwargs, "store": str(store)})
             first = f"{kept.sinks} first" if kept.sinks else ""
             last = f"{kept.window} last" if kept.window else "all others"
-            outcomes.append(Rewritten(index, " and ".join(filter(None, (first, last))) + " tokens"))
+            outcomes.append(Rewritten(index, " and ".join(filter(None, (first, last))) + " tokens"
+                                      + ", positions side by side" * beside))
         return outcomes
 
 

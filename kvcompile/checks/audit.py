@@ -143,7 +143,10 @@ class Run:
                                f"{what} ({where}; passes: {', '.join(self._passes(layer))})")
             rough_keys, keys = None, new.rebuilt
             if not keys.idle:
-                numbers = torch.arange(seen.start, end).expand(k.shape[:2])
+                numbers = torch.arange(end)    # exact attention is over keys as they are turned
+                numbers[site.store.numbers(past)] = torch.tensor(
+                    site.store.turned_by(past), dtype=torch.long)
+                numbers = numbers[seen].expand(k.shape[:2])
                 rough_keys = keys.rough(view.k, site.dtype)
                 k, v = keys.keys(k, numbers), keys.each(v)
                 view, allowed = keys.view(view, numbers), keys.contract(allowed)
