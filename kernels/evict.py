@@ -123,7 +123,8 @@ def _note(heads: Heads, rule: Rule, mass: list[Tensor], k: Tensor, positions: Te
     more = valid.sum(1)[row]
     before = heads.count - more
     number = before[:, None] + valid.cumsum(1)[row] - 1                       # [N, S]
-    at, only = (), None
+    at: tuple[Tensor, ...] = ()
+    only = None
     if heads.waits:
         at = valid[row].nonzero(as_tuple=True)
         slot = (at[0], number[at].long())
@@ -147,9 +148,11 @@ def _note(heads: Heads, rule: Rule, mass: list[Tensor], k: Tensor, positions: Te
                             rule.scorer.observe(score, got, fresh), score)
         table = heads.table("slots.all").long()
         used = (held < heads.count[:, None]).unflatten(1, (-1, PAGE))[..., 0]  # pages in use
-        only, at = (None, used) if heads.waits else (used[..., None], ())
-        write(heads.named["slots.all.score"], (table[at],),
-              score.unflatten(1, (-1, PAGE))[at], only)
+        score = score.unflatten(1, (-1, PAGE))
+        if heads.waits:
+            heads.named["slots.all.score"][table[used]] = score[used]
+        else:
+            write(heads.named["slots.all.score"], (table,), score, used[..., None])
     over = heads.count.long() - heads.named["limit"]
     slack = rule.every if movable(heads.store) else PAGE
     if heads.waits and not hasattr(rule.budgeter, "below") and not bool((over >= slack).any()):
