@@ -8,12 +8,14 @@ the page tables. Nothing is ever encoded again, and no memory is taken or freed.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from kvcompile.format import PAGE
+from kvcompile.format import Side as SideName
 from kvcompile.ir import body
 from kvcompile.kernels import pages
 from kvcompile.kernels.rest import fold
@@ -25,10 +27,15 @@ LAST = torch.iinfo(torch.int32).max  # a position that no token has
 
 @dataclass(frozen=True)
 class Heads:
-    """Planes of some layers, one row for each of their N (layer, row, head): views."""
+    """Planes of some layers, one row for each of their N (layer, row, head): views.
+
+    If nothing `waits`, no value is looked at on the host: what has nothing to do is done all the
+    same, and a CUDA graph can hold it.
+    """
 
     store: Store
     named: dict[str, Tensor]
+    waits: bool = True
 
     @property
     def count(self) -> Tensor:
@@ -41,22 +48,34 @@ class Heads:
         """What is known of every slot: [N, slots], a copy."""
         return self.named[f"slots.all.{name}"][self.table("slots.all").long()].flatten(1)
 
-    def put(self, name: str, index: tuple[Tensor, ...], values: Tensor) -> None:
-        """Write values of the slots (head, number)."""
+    def put(self, name: str, index: tuple[Tensor, ...], values: Tensor,
+            only: Tensor | None = None) -> None:
+        """Write values of the slots (head, number), or `only` some of them."""
         head, number = index
         page = self.table("slots.all")[head, number // PAGE].long()
-        self.named[f"slots.all.{name}"][page, number % PAGE] = values
+        write(self.named[f"slots.all.{name}"], (page, number % PAGE), values, only)
+
+
+def write(pool: Tensor, index: tuple[Tensor, ...], values: Tensor, only: Tensor | None) -> None:
+    """pool[index] = values, or `only` some of them: to the bits of the others 0 is added, wherever
+    they lie, so that the host need not know which they are."""
+    if only is None:
+        pool[index] = values
+        return
+    bits = pool.view(torch.int32)
+    more = values.contiguous().view(torch.int32) - bits[index]
+    bits.index_put_(index, torch.where(only, more, 0), accumulate=True)
 
 
 Mover = Callable[[Heads, tuple[int, int], torch.dtype, Tensor], None]
 
 
 def heads_of(store: Store, dims: tuple[int, int], dtype: torch.dtype, planes: Sequence[Tensor],
-             layers: slice) -> Heads:
+             layers: slice, waits: bool = True) -> Heads:
     """The planes of neighbouring layers."""
     named = {spec.name: p if spec.shape else p[layers].flatten(0, 2)
              for spec, p in zip(store.planes(dims, dtype), planes, strict=True)}
-    return Heads(store, named)
+    return Heads(store, named, waits)
 
 
 @body("evict")
@@ -75,9 +94,10 @@ def evict(planes: list[Tensor], mass: list[Tensor], k: list[Tensor], v: list[Ten
 
 def run(planes: list[Tensor], mass: list[Tensor], k: list[Tensor], v: list[Tensor],
         positions: Tensor, valid: Tensor, *, store: str, rules: list[str], slots: list[int],
-        group: int = 1, ids: Tensor | None = None, mover: Mover | None = None) -> None:
-    """As kvc.evict; `mover` moves tokens in place of `move`."""
-    if not bool(valid.any()):
+        group: int = 1, ids: Tensor | None = None, mover: Mover | None = None,
+        waits: bool = True) -> None:
+    """As kvc.evict; `mover` moves tokens in place of `move`. `waits`: as of `Heads`."""
+    if waits and not bool(valid.any()):
         return
     parsed, dims, dtype = Store.parse(store), (k[0].shape[-1], v[0].shape[-1]), k[0].dtype
     given, rest = [Rule.parse(r) for r in rules], list(mass)
@@ -87,7 +107,7 @@ def run(planes: list[Tensor], mass: list[Tensor], k: list[Tensor], v: list[Tenso
         own = [*run]
         rule, layers = given[own[0]], slice(slots[own[0]], slots[own[-1]] + 1)
         seen, rest = (rest[: len(own)], rest[len(own):]) if rule.observes else ([], rest)
-        heads = heads_of(parsed, dims, dtype, planes, layers)
+        heads = heads_of(parsed, dims, dtype, planes, layers, waits)
         new = _note(heads, rule, seen, torch.stack([k[i] for i in own]), positions, valid, group,
                     ids)
         if new is not None:
@@ -104,13 +124,20 @@ def _note(heads: Heads, rule: Rule, mass: list[Tensor], k: Tensor, positions: Te
     more = valid.sum(1)[row]
     before = heads.count - more
     number = before[:, None] + valid.cumsum(1)[row] - 1                       # [N, S]
-    at = valid[row].nonzero(as_tuple=True)
-    slot = (at[0], number[at].long())
-    heads.put("position", slot, positions.expand(batch, -1)[row][at].int())
+    at: tuple[Tensor, ...] = ()
+    only = None
+    if heads.waits:
+        at = valid[row].nonzero(as_tuple=True)
+        slot = (at[0], number[at].long())
+    else:
+        only = valid[row]
+        every = torch.arange(len(row), device=valid.device)[:, None].expand_as(number)
+        slot = (every, number.clamp_min(0).long())
+    heads.put("position", slot, positions.expand(batch, -1)[row][at].int(), only)
     if hasattr(rule.scorer, "arrive"):
         at_, ids = (x if x is None else x.expand(batch, -1) for x in (positions, ids))
         each = torch.stack([rule.scorer.arrive(x, at_, ids) for x in k])
-        heads.put("score", slot, each.flatten(0, 2)[at])
+        heads.put("score", slot, each.flatten(0, 2)[at], only)
     if mass:
         score = heads.slots("score")
         got = torch.stack(mass).flatten(0, 2) / group
@@ -122,13 +149,25 @@ def _note(heads: Heads, rule: Rule, mass: list[Tensor], k: Tensor, positions: Te
                             rule.scorer.observe(score, got, fresh), score)
         table = heads.table("slots.all").long()
         used = (held < heads.count[:, None]).unflatten(1, (-1, PAGE))[..., 0]  # pages in use
-        heads.named["slots.all.score"][table[used]] = score.unflatten(1, (-1, PAGE))[used]
+        score = score.unflatten(1, (-1, PAGE))
+        if heads.waits:
+            heads.named["slots.all.score"][table[used]] = score[used]
+        else:
+            write(heads.named["slots.all.score"], (table,), score, used[..., None])
     over = heads.count.long() - heads.named["limit"]
     slack = rule.every if movable(heads.store) else PAGE
-    if not hasattr(rule.budgeter, "below") and not bool((over >= slack).any()):
+    if heads.waits and not hasattr(rule.budgeter, "below") and not bool((over >= slack).any()):
         return None
     newest = torch.where(valid, positions.expand(batch, -1), -1).amax(1)
     return newest[row]
+
+
+def waiting(rules: Sequence[str], tokens: int) -> str:
+    """Why eviction has to look at values on the host; ``""`` if shapes alone decide."""
+    if tokens != 1:
+        return "a call of several tokens may hold padding"
+    return next((f"{rule.scorer.name} reads the keys of every head"
+                 for rule in map(Rule.parse, rules) if hasattr(rule.scorer, "final")), "")
 
 
 def movable(store: Store) -> bool:
@@ -177,7 +216,8 @@ def _tokens(heads: Heads, rule: Rule, score: Tensor, position: Tensor, over: Ten
             dims: tuple[int, int], dtype: torch.dtype, mover: Mover) -> None:
     """The last tokens take the places of those that are dropped."""
     over = torch.where(over >= rule.every, over, 0).minimum(score.isfinite().sum(1))
-    most, at = int(over.max()), torch.arange(score.shape[1], device=score.device)
+    most = int(over.max()) if heads.waits else score.shape[1]
+    at = torch.arange(score.shape[1], device=score.device)
     if most <= 0:
         return
     if most == 1:
@@ -222,9 +262,10 @@ def move(heads: Heads, dims: tuple[int, int], dtype: torch.dtype, sources: Tenso
 def _pages(heads: Heads, score: Tensor, over: Tensor, dims: tuple[int, int], dtype: torch.dtype
            ) -> None:
     """Pages of the body leave; the later ones move up, and those that left wait behind them."""
-    store, counts = heads.store, heads.count.tolist()
-    whole = torch.tensor([min(store.spans(s, n)["body"].end for s in SIDES) // PAGE
-                          for n in counts], device=score.device)
+    store, counts = heads.store, heads.count.long()
+    most = score.shape[1]
+    whole = torch.stack([_ends(store, s, "body", most, score.device)[counts] // PAGE
+                         for s in SIDES]).amin(0)
     mean = score.unflatten(1, (-1, PAGE)).mean(-1)               # inf where one is protected
     at = torch.arange(mean.shape[1], device=score.device)
     mean = torch.where(at < whole[:, None], mean, torch.inf)
@@ -238,8 +279,9 @@ def _pages(heads: Heads, score: Tensor, over: Tensor, dims: tuple[int, int], dty
         ring = store.ring(side, tier)
         places = torch.arange(table.shape[1], device=score.device)
         if ring is None:
-            ends = [n if side == "slots" else store.spans(side, n)[tier].end for n in counts]
-            used = -(-torch.tensor(ends, device=score.device)[:, None] // PAGE)
+            ends = counts if side == "slots" else _ends(store, side, tier, most,
+                                                        score.device)[counts]
+            used = (ends[:, None] + PAGE - 1) // PAGE
             own = torch.nn.functional.pad(gone, (0, max(0, table.shape[1] - gone.shape[1])))
             own = own[:, : table.shape[1]]
             order = torch.where(places >= used, 2, own.long()).argsort(dim=-1, stable=True)
@@ -247,6 +289,12 @@ def _pages(heads: Heads, score: Tensor, over: Tensor, dims: tuple[int, int], dty
             order = (places + leave[:, None]) % (ring // PAGE)
         table.copy_(table.gather(1, order.clamp(max=table.shape[1] - 1)))
     heads.count.sub_((leave * PAGE).int())
+
+
+@lru_cache(64)
+def _ends(store: Store, side: SideName, tier: str, most: int, device: torch.device) -> Tensor:
+    """Where a tier ends in heads of 0, 1, .. `most` tokens."""
+    return torch.tensor([store.spans(side, n)[tier].end for n in range(most + 1)], device=device)
 
 
 def fill(store: Store, dims: tuple[int, int], dtype: torch.dtype, planes: Sequence[Tensor],

@@ -2,14 +2,17 @@
 """
 
 import copy
+from functools import partial
 
 import pytest
 import selection_references as refs
 import torch
 from support import greedy, optimized, plain, prompt
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import kvcompile
-from kvcompile import KVCompileError, RecipeError
+from kvcompile import KVCompileError, Recipe, RecipeError
+from kvcompile.format import PAGE
 from kvcompile.ir import APPEND, ATTEND, EVICT
 from kvcompile.kernels import evict, pages
 from kvcompile.passes.select import rule_of
@@ -35,13 +38,13 @@ class Stepper:
         self.random, self.tokens = torch.Generator().manual_seed(seed), 0
         self.given = []                       # (q, k, v) of every token, layers stacked
 
-    def step(self, tokens: int = 1):
-        """attend, append and evict as the extend graph does; the masses of both layers."""
+    def step(self, tokens: int = 1, valid: bool = True):
+        """attend, append and evict as the extend graph does, or on padding."""
         q = torch.randn(2, 1, refs.Q_HEADS, tokens, DIM, generator=self.random) * 2
         k, v = (torch.randn(2, 1, HEADS, tokens, DIM, generator=self.random) for _ in range(2))
         self.given.append((q, k, v))
         at = torch.arange(self.tokens, self.tokens + tokens)[None]
-        valid = torch.ones_like(at, dtype=torch.bool)
+        valid = torch.full_like(at, valid, dtype=torch.bool)
         self.group.reserve(self.group.counts + tokens)
         planes, store = self.group.planes, str(self.store)
         every = [ATTEND(q[i], k[i], v[i], planes, at, valid, None, scale=refs.SCALE, store=store,
@@ -179,6 +182,51 @@ def test_a_threshold_waits():
             assert [sorted(h) for h in ours.held(layer)] == [
                 [t for t in range(token + 1) if t > token - 20 or norms[h, t] <= 5.5]
                 for h in range(HEADS)]
+
+
+NO_WAIT = {"h2o(budget=24)": "store(slots=true)", "tova(budget=24)": "store(k=int, slots=true)",
+           "knorm(budget=24, decode=true)": "store(slots=true)",
+           "scissorhands(budget=24, every=9, recent=5)": "store(slots=true)",
+           "dms(scorer=knorm, threshold=-5.5, delay=20)": "store(slots=true)",
+           "h2o(budget=130, recent=0.25)": KIVI.format(32)}
+
+
+@pytest.mark.parametrize("recipe", NO_WAIT)
+def test_without_waiting_the_same_is_left(recipe, monkeypatch):
+    """What a CUDA graph holds: shapes alone decide. Padding steps in between change nothing."""
+    limit = Recipe.parse(recipe).terms[0].get("budget") or 2**31 - 1
+    both = [Stepper(recipe, NO_WAIT[recipe], limit) for _ in range(2)]
+    assert not evict.waiting([both[0].rule], 1)
+    real = evict.run
+    for step in range(340 if limit == 130 else 90):
+        for ours, waits in zip(both, (True, False), strict=True):
+            monkeypatch.setattr(evict, "run", partial(real, waits=waits))
+            ours.step(valid=step % 7 != 3)
+    assert both[0].group.counts.max() < 200
+    for spec, a, b in zip(both[0].group.specs, *(x.group.planes for x in both), strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), spec.name
+
+
+@pytest.mark.parametrize("recipe", NO_WAIT)
+def test_nothing_is_looked_at_on_the_host(recipe, monkeypatch):
+    """Tensors without values: whatever asked for one would raise."""
+    ours, real = Stepper(recipe, NO_WAIT[recipe], 24), evict.run
+    ours.step()
+    mode = FakeTensorMode()
+    group, tokens = ours.group, torch.ones(1, 1, dtype=torch.long)
+    k, v, mass = (torch.randn(2, 1, HEADS, n, DIM)[..., :d] for n, d in ((1, DIM), (1, DIM),
+                                                                        (PAGE, 1)))
+    given = [[*group.planes], [*mass[..., 0]], [*k], [*v], tokens, tokens.bool()]
+    with mode:
+        fake = [[mode.from_tensor(x) for x in g] if isinstance(g, list) else mode.from_tensor(g)
+                for g in given]
+        options = dict(store=str(ours.store), rules=[ours.rule] * 2, slots=[0, 1], group=GROUP,
+                       mover=lambda *moved: None)
+        evict._ends.cache_clear()
+        real(*fake, waits=False, **options)
+        with pytest.raises(DataDependentOutputException):
+            real(*fake, **options)
+        evict._ends.cache_clear()
 
 
 EVICTING = ("h2o(budget=64)", "r-kv(budget=48, every=16)", "h2o(budget=64)+int8")

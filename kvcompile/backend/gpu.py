@@ -61,9 +61,12 @@ def _append(planes: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], 
 
 def _evict(planes: Sequence[Tensor], mass: Sequence[Tensor], k: Sequence[Tensor],
            v: Sequence[Tensor], positions: Tensor, valid: Tensor, **options: Any) -> None:
-    """Which tokens leave is told by torch's ops; a kernel moves the others."""
+    """Which tokens leave is told by torch's ops; a kernel moves the others. A step waits for the
+    device only where `evict.waiting` says why."""
     mover = triton_launch.move if triton_source.installed() else None
-    evict.run(list(planes), list(mass), list(k), list(v), positions, valid, mover=mover, **options)
+    waits = mover is None or bool(evict.waiting(options["rules"], valid.shape[1]))
+    evict.run(list(planes), list(mass), list(k), list(v), positions, valid, mover=mover,
+              waits=waits, **options)
 
 
 LIB.impl("attend", _attend, "CUDA")
