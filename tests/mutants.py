@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-CACHE, LAWS, KERNELS = "test_cache.py", "test_registered.py", "test_kernels.py"
+CACHE, LAWS, KERNELS = "test_cache.py", "test_registered.py", "test_registered_kernels.py"
 RULES = "test_cache_rules.py"
 
 
@@ -115,22 +115,22 @@ FAULTS = {
         "if chosen and again:", "if False:", "test_audit.py", "stored_once"),
     "cpp-flush": Fault(
         "C++: V leaves the recent tier one token early", "kernels/cpp/attend.h",
-        "queued - C::V_LAG)", "queued - C::V_LAG + 1)", KERNELS, "is_the_body and kivi4"),
+        "queued - C::V_LAG)", "queued - C::V_LAG + 1)", KERNELS, "method-kivi-"),
     "cpp-head-map": Fault(
         "C++: query heads are given to kv heads in turn", "kernels/cpp/attend.h",
         "q_at(i / C::H, i % C::H * C::G + g);\n", "q_at(i / C::H, i % C::H + g * C::H);\n",
-        KERNELS, "is_the_body and kivi4"),
+        KERNELS, "method-kivi-"),
     "cpp-own-token": Fault(
         "C++: the value of the query's own token is lost", "kernels/cpp/attend.h",
-        "o[d] = weight * read(v + d);", "o[d] = 0.0f;", KERNELS, "is_the_body and kivi4"),
+        "o[d] = weight * read(v + d);", "o[d] = 0.0f;", KERNELS, "method-kivi-"),
     "cpp-scale": Fault(
         "C++: a block's scales are stored channel by channel in pairs swapped",
         "kernels/cpp/append.h", "/ GROUP * D + c, [&]", "/ GROUP * D + (c ^ 1), [&]",
-        KERNELS, "appending and float32 and k_block and not sinks"),
+        KERNELS, "method-kivi-"),
     "cpp-lost-residual": Fault(
         "C++: the first token after a flush is not written", "kernels/cpp/append.h",
         "if (number >= Q::end(n + 1)) Recent::write", "if (number > Q::end(n + 1)) Recent::write",
-        KERNELS, "appending and float32 and k_block and not sinks"),
+        KERNELS, "method-kivi-"),
 }
 
 

@@ -177,7 +177,12 @@ QUICK = {
 }
 
 
-@pytest.mark.parametrize("name", QUICK)
+LAWS = {"fp8", "nf4", "hadamard", "centered", "scaled", "gear", "kvquant", "latent", "latent-int8",
+        "direction", "direction-window", "channels"}  # alike in test_registered_kernels.py
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LAWS else n
+                                  for n in QUICK])
 def test_the_kernel_is_the_body(name):
     """On random queries, and on such as see little but one token, at every edge of a tier."""
     case = Case(**QUICK[name])
@@ -296,7 +301,8 @@ APPENDED = ("store", KIVI.format(4, 32), KIVI.format(2, 32), "store(k=int, v=int
                 "v=scaled(of=outliers(of=fp8), block=16))")))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow),
+                                   torch.bfloat16], ids=str)  # the laws draw float32 first
 @pytest.mark.parametrize("text", APPENDED)
 def test_appending_stores_the_same_bits(text, dtype):
     """Token by token over several blocks; a row of padding stays as it is."""

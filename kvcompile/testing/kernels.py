@@ -35,7 +35,8 @@ from kvcompile.testing.stores import Shape, drawn
 from kvcompile.testing.strategies import dims, formats_of
 
 LENGTHS = (0, 80, 208)  # tokens of the rows, and SPARE more, before the steps: in those one row
-SPARE, STEPS = 46, 3    # ends a step of 16, one a block of 128, one a page
+SPARE = 46              # ends a step of 16, one a block of 128, one a page
+STEPS = {"C++": 12, "Triton": 3}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COST = 20
 
@@ -55,7 +56,7 @@ class Step(NamedTuple):
     def group(self) -> Group:
         """Planes of two layers, of which the second is used, with random tokens in its rows."""
         group, most = Group([self.site, self.site], len(LENGTHS), torch.device("cpu")), max(LENGTHS)
-        group.reserve([most + SPARE + STEPS] * len(LENGTHS))
+        group.reserve([most + SPARE + max(STEPS.values())] * len(LENGTHS))
         first = torch.arange(most)[None] < torch.tensor(LENGTHS)[:, None]
         for tokens, valid, seed in ((most, first, 0), (SPARE, torch.ones(len(LENGTHS), SPARE), 1)):
             _, k, v = self.tokens(tokens, seed)
@@ -97,12 +98,28 @@ def _numbers(valid: Tensor) -> Tensor:
     return (valid.long().cumsum(1) - 1).clamp_min(0)
 
 
-def walk(step: Step, run: Callable[..., Tensor], group: Group, arithmetic: Arithmetic) -> None:
+def aim(step: Step, q: Tensor, group: Group, at: int) -> None:
+    """Make every query see little but one token, at an edge of a tier: the `at`th."""
+    q_heads, heads, dim = step.shape
+    for row in range(len(LENGTHS)):
+        n, (k, _) = int(group.planes[0][1, row, 0]), step.read(group, row)
+        spans = [x for side in step.store.sides for x in step.store.spans(side, n).values()]
+        ends, kept = sorted({i + step.store.sinks for x in spans for i in x}), step.store.numbers(n)
+        wanted = ends[at // 2 % len(ends)] - at % 2
+        key = k[:, kept.index(wanted) if wanted in kept else 0]
+        far = 12 * dim**0.5 / key.square().sum(-1, keepdim=True).clamp_min(1e-6)
+        q[row, :, 0] = (key * far).repeat_interleave(q_heads // heads, 0).to(step.dtype)
+
+
+def walk(step: Step, run: Callable[..., Tensor], group: Group, arithmetic: Arithmetic,
+         steps: int) -> None:
     """Some steps by the plain bodies on `group` and by `run(q, k, v, valid)`, which stores and
     returns o: it is within the rounding of a kernel of such `arithmetic`."""
     exact = Arithmetic()
-    for at in range(STEPS):
+    for at in range(steps):
         q, k, v = step.tokens(1, 2 + at)
+        if at % 3:
+            aim(step, q, group, at)
         valid = torch.ones(len(LENGTHS), 1, dtype=torch.bool)
         valid[at % len(LENGTHS)] = at % 2 == 0                     # a row of padding
         given, options = step.attend(q.float(), [x.float() for x in k], [x.float() for x in v],
@@ -192,7 +209,7 @@ def compiled(step: Step) -> Walked:
         return o
 
     name = "eager" if "attend" in fused(step.site) else "cpp_attend"
-    walk(step, one, want, module("kernels", name).arithmetic(step.dtype))
+    walk(step, one, want, module("kernels", name).arithmetic(step.dtype), STEPS["C++"])
     return Walked(want, got, ran.ops)
 
 
@@ -213,7 +230,8 @@ def launched(step: Step) -> Walked:
             planes, k, v, valid.long(), valid, store=str(step.store), slots=[1])
         return o.cpu()
 
-    walk(step, one, want, module("kernels", "triton_attend").arithmetic(step.dtype))
+    arithmetic = module("kernels", "triton_attend").arithmetic(step.dtype)
+    walk(step, one, want, arithmetic, STEPS["Triton"])
     got.planes = [p.cpu() for p in planes]
     return Walked(want, got, set(lacks))
 
