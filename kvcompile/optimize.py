@@ -20,6 +20,7 @@ from kvcompile.errors import KVCompileError, UnsupportedModelError
 from kvcompile.own_cache import OwnCache
 from kvcompile.program import Program, capture
 from kvcompile.recipe import Recipe
+from kvcompile.rule import Rule
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +68,10 @@ def optimize(model: PreTrainedModel, recipe: str | Recipe = "kivi(bits=4)", *,
         base, program = model, capture(model, recipe, calibration=calibration,
                                        tokenizer=tokenizer)
         self_check(base, program)
-    if prefill_chunk and any(site.rule for site in program.sites):
-        raise KVCompileError(f"prefill_chunk={prefill_chunk}: {recipe} chooses among a prompt's "
-                             "tokens, which it must see at once")
+    for site in program.sites if prefill_chunk else ():
+        if site.rule and (why := Rule.parse(site.rule).whole):
+            raise KVCompileError(f"prefill_chunk={prefill_chunk}: {recipe}: layer {site.layer}: "
+                                 f"{why}")
     cls: Any = type(type(base).__name__, (Optimized, type(base)), {  # pipelines know the name
         "__doc__": f"{type(base).__name__} with a KV cache compressed by kvcompile.",
         "__module__": __name__})

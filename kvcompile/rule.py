@@ -30,7 +30,8 @@ class Scorer(Protocol):
     time).
 
     One that scores the tokens that follow a prompt has `arrive(keys, positions, ids)`, or
-    `observe` where scores change with what each step attends to.
+    `observe` where scores change with what each step attends to; a true attribute `adds` says that
+    what several queries give may be added up first.
     """
 
     name: ClassVar[str]
@@ -42,7 +43,8 @@ class Scorer(Protocol):
 
 
 class Budget(Protocol):
-    """How many tokens each head keeps. `across`: decided over all layers of the rule at once."""
+    """How many tokens each head keeps. `across`: decided over all layers of the rule at once. With
+    a true attribute `fixed` the limit while decoding does not depend on the prompt."""
 
     name: ClassVar[str]
     across: ClassVar[bool]
@@ -171,6 +173,18 @@ class Rule:
         """What is read beside q, K and V."""
         turned = {"angles"} if self.positions != "original" else set()
         return {*self.scorer.needs, *turned}
+
+    @property
+    def whole(self) -> str:
+        """Why a prompt must be seen at once; ``""`` where it may come in pieces, after each of
+        which heads go back to their budgets."""
+        if not self.every:
+            return "chooses once, among all of a prompt's tokens, which it must see at once"
+        if self.observes and not getattr(self.scorer, "adds", False):
+            return f"{self.score.name} looks from single queries, not from several at once"
+        if not getattr(self.budgeter, "fixed", False):
+            return f"its budget, {self.budget}, is not known before a prompt's end"
+        return ""
 
     @property
     def observes(self) -> bool:

@@ -46,6 +46,10 @@ class Uniform(Sized):
 
     name: ClassVar[str] = "uniform"
 
+    @property
+    def fixed(self) -> bool:
+        return self.tokens > 0
+
     def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
         return [[size(self.tokens, self.ratio, s.shape[1])] * len(s) for s in scores]
 
@@ -139,6 +143,7 @@ class Threshold(Sized):
 
     at: float = 0.0
     name: ClassVar[str] = "threshold"
+    fixed: ClassVar[bool] = True
 
     def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
         return [(s.shape[1] - self.below(s)).tolist() for s in scores]
@@ -213,6 +218,10 @@ class ByHead(Sized):
     of: tuple[int, ...] = ()
     share: float = 0.0
     name: ClassVar[str] = "byhead"
+
+    @property
+    def fixed(self) -> bool:
+        return not self.share
 
     def _of(self, tokens: int) -> list[int]:
         return [max(n, int(self.share * tokens)) if n else UNBOUNDED for n in self.of]

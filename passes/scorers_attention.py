@@ -72,6 +72,7 @@ class Received:
 
     how: str = "sum"
     name: ClassVar[str] = "received"
+    adds: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ()
 
     def prompt(self, x: Prompt) -> Tensor:

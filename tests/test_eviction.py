@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import kvcompile
 from kvcompile import KVCompileError, Recipe, RecipeError
+from kvcompile.calibration.samples import Samples
 from kvcompile.format import PAGE
 from kvcompile.ir import APPEND, ATTEND, EVICT
 from kvcompile.kernels import evict, pages
@@ -385,9 +386,57 @@ def test_a_budget_larger_than_the_prompt_is_said(caplog):
         "snapkv(budget=500): the prompt (100 tokens) is within the budget, and all of it is kept"]
 
 
-def test_chunked_prompts_are_refused():
-    with pytest.raises(KVCompileError, match="which it must see at once"):
-        kvcompile.optimize(optimized("llama:2"), "snapkv", compile=False, prefill_chunk=50)
+@pytest.mark.parametrize(("recipe", "text"), [
+    ("snapkv", "layer 0: chooses once, among all of a prompt's tokens, which it must see at once"),
+    ("tova(budget=20)", "layer 0: last looks from single queries, not from several at once"),
+    ("h2o(ratio=0.2)", "layer 0: its budget, uniform(ratio=0.2), is not known before a prompt's"),
+    ("simlayerkv", "layer 0: its budget, lazy(")])
+def test_chunked_prompts_are_refused(recipe, text):
+    with pytest.raises(KVCompileError) as info:
+        kvcompile.optimize(optimized("llama:2"), recipe, compile=False, prefill_chunk=50)
+    assert text in str(info.value) and "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("recipe", [
+    "knorm(budget=24, decode=true)", "dms(scorer=knorm, threshold=-3, delay=9)+int8",
+    "duoattention(heads=[[1, 0], [0, 1]], sinks=2, recent=10)",
+    "sepllm(separators=[7, 11, 20], recent=9)"])
+def test_what_is_scored_alone_is_kept_alike_in_pieces(recipe):
+    """In the first layer, whose keys do not depend on what later pieces see."""
+    whole, pieces = (kvcompile.optimize(optimized("llama:2"), recipe, compile=False,
+                                        prefill_chunk=n) for n in (None, 37))
+    random = torch.Generator().manual_seed(0)          # no token twice: their norms would be equal
+    ids = torch.stack([torch.randperm(125, generator=random)[:120] + 3 for _ in range(2)])
+    mask = torch.ones_like(ids)
+    mask[1, :30] = 0
+    a, b = (kvcompile.prefill(m, ids, attention_mask=mask) for m in (whole, pieces))
+    assert torch.equal(a.positions(0), b.positions(0))
+    assert torch.equal(a.stored_tokens(1), b.stored_tokens(1)) or "knorm" in recipe
+
+
+def test_h2o_adds_up_what_a_piece_gives_and_then_evicts():
+    """The first layer of a model whose prompt comes in pieces, against lists of tokens."""
+    model = kvcompile.optimize(optimized("llama:2"), "h2o(budget=24)", compile=False,
+                               prefill_chunk=40)
+    ids = prompt(130)
+    gm = optimized("llama:2").kvcompile.program.snapshots["capture"]
+    sample = Samples(gm, ids).attention[0]
+    q, k = sample.q[0].double(), sample.k[0].double()
+    group, got = len(q) // len(k), kvcompile.prefill(model, ids)
+    for head in range(len(k)):
+        kept, score = [], {}
+        for start in range(0, 130, 40):
+            new = [*range(start, min(start + 40, 130))]
+            for t in new:
+                seen = [*kept, *range(start, t + 1)]
+                logits = q[head * group : (head + 1) * group, t] @ k[head, seen].T * sample.scale
+                for j, w in zip(seen, logits.softmax(-1).mean(0).tolist(), strict=True):
+                    score[j] = score.get(j, 0.0) + w
+            kept += new
+            free = sorted(kept[:-12], key=lambda j: (score[j], j))  # noqa: B023
+            kept = sorted({*kept} - {*free[: len(kept) - 24]})
+        assert got.positions(0)[0, head].tolist() == kept
+    assert got.stored_tokens(1).tolist() == [[24, 24]]
 
 
 @pytest.mark.slow
