@@ -17,9 +17,22 @@ from kvcompile.store import SIDES, Store
 FOLDER = Path(__file__).parent / "cpp"
 READERS = tuple(FOLDER / f"{name}.h" for name in (
     "vector", "coded", "dense", "latent", "wrapper", "direction", "tier"))
-FILES = (*READERS, FOLDER / "attend.h")
+FILES = (*READERS, FOLDER / "rebuild.h", FOLDER / "attend.h")
 TIERS = ("sinks", "body", "recent")
 MOST = 1024  # channels of a head
+
+
+class Made(NamedTuple):
+    """How keys are made of what is stored (kernels/rebuild.py)."""
+
+    dim: int                    # channels of a key
+    keys: int = 1               # of a stored head
+    basis: bool = False
+    offset: bool = False
+    rotary: int = 0             # channels that are turned
+    style: str = ""
+    angles: torch.dtype = torch.float32
+    parts: torch.dtype = torch.float32    # of basis and offset
 
 
 class Shape(NamedTuple):
@@ -35,6 +48,7 @@ class Shape(NamedTuple):
     sinks: bool = False
     mass: bool = False          # whether the weight of each token is asked for
     stored: bool = True         # whether anything is stored: in a prompt nothing is
+    made: Made | None = None    # where keys are rebuilt at read; `dims` are those of what is stored
 
 
 def arithmetic(dtype: torch.dtype) -> Arithmetic:
@@ -111,11 +125,41 @@ def statements(store: Store, shape: Shape, threads: int, lse: bool = False) -> s
               "kvc::attend<Config, Config::T>(tiers, plane0 + slot[0] *"
               f" batch * Config::H, valid, {'sinks' if shape.sinks else 'nullptr'}, batch,",
               "    const_cast<float*>(mass), mass_size[2]," if shape.mass else "    nullptr, 0,"]
+    lines[2:2] = _widened(shape)
     lines += [f"    [&](long b, long h) {{ return {x}_ + b * {x}_stride[0] + h * {x}_stride[1]; }},"
               for x in "qkv"]
-    lines.append("    [&](long b, long h) { return out_ + (b * Config::H * Config::G + h) * "
-                 "Config::DV; }" + (", const_cast<float*>(lse));" if lse else ");"))
+    lines += ["    [&](long b, long h) { return out_ + (b * Config::H * Config::G + h) * "
+              "Config::DV; },",
+              f"    {'const_cast<float*>(lse)' if lse else 'nullptr'}, "
+              f"[&](long b, long h) {{ {_making(shape)} }});"]
     return "\n".join(lines)
+
+
+def _widened(shape: Shape) -> list[str]:
+    """Bases and offsets as fp32, once a call."""
+    sizes = {"basis": "Config::H * Config::KEYS * Config::DQ * Config::DK",
+             "offset": "Config::H * Config::KEYS * Config::DQ"}
+    lines = []
+    for name in (n for n in sizes if shape.made and getattr(shape.made, n)):
+        lines += [f"static thread_local std::vector<float> {name}_({sizes[name]});",
+                  f"for (size_t i = 0; i < {name}_.size(); i++) "
+                  f"{name}_[i] = kvc::read((const Config::P*){name} + i);",
+                  f"const float* {name}_at = {name}_.data();"]
+    return lines
+
+
+def _making(shape: Shape) -> str:
+    """Statements that return what the keys of row `b` and kv head `h` are made of."""
+    made, lines = shape.made, ["kvc::Making<Config> m;"]
+    if made and made.basis:
+        lines.append("m.basis = basis_at + h * Config::KEYS * Config::DQ * Config::DK;")
+    if made and made.offset:
+        lines.append("m.offset = offset_at + h * Config::KEYS * Config::DQ;")
+    if made and made.rotary:
+        lines += [f"m.{x} = (const Config::A*){x} + (cos_size[0] > 1 ? b * {x}_stride[0] : 0);"
+                  for x in ("cos", "sin")]
+        lines.append("m.numbers = cos_size[2];")
+    return " ".join([*lines, "return m;"])
 
 
 def config(store: Store, shape: Shape, threads: int) -> str:
@@ -134,6 +178,7 @@ def config(store: Store, shape: Shape, threads: int) -> str:
         f"ROUGH = {_bool(shape.dtype is not torch.float32)}, MASS = {_bool(shape.mass)}, "
         f"STORED = {_bool(shape.stored)};",
         f"using T = {number(shape.dtype)};",
+        *_made(shape.made or Made(shape.dims[0]), shape.made is not None, store),
     ]
     for side, dim in zip(SIDES, shape.dims, strict=True):
         how, up = store.side(side), side.upper()
@@ -157,6 +202,15 @@ def config(store: Store, shape: Shape, threads: int) -> str:
     text = "\n    ".join(lines)
     own = name(store, shape, threads)
     return f"namespace kvc {{\nstruct {own} {{\n    {text}\n}};\n}}"
+
+
+def _made(made: Made, is_made: bool, store: Store) -> list[str]:
+    """What the config says of keys that are made."""
+    return [f"static constexpr int DQ = {made.dim}, KEYS = {made.keys}, ROTARY = {made.rotary};",
+            f"static constexpr bool MADE = {_bool(is_made)}, BASIS = {_bool(made.basis)}, "
+            f"OFFSET = {_bool(made.offset)}, HALVES = {_bool(made.style == 'half')}, "
+            f"SHIFTED = {_bool(store.side_by_side)};",
+            f"using A = {number(made.angles)};", f"using P = {number(made.parts)};"]
 
 
 def number(dtype: torch.dtype) -> str:

@@ -162,12 +162,15 @@ def _note(heads: Heads, rule: Rule, mass: list[Tensor], k: Tensor, positions: Te
     return newest[row]
 
 
-def waiting(rules: Sequence[str], tokens: int) -> str:
+def waiting(store: Store, rules: Sequence[str], tokens: int) -> str:
     """Why eviction has to look at values on the host; ``""`` if shapes alone decide."""
     if tokens != 1:
         return "a call of several tokens may hold padding"
-    return next((f"{rule.scorer.name} reads the keys of every head"
-                 for rule in map(Rule.parse, rules) if hasattr(rule.scorer, "final")), "")
+    if store.rest:
+        return "what leaves is read and added up"
+    scorers = [Rule.parse(rule).scorer for rule in rules]
+    return next((f"{x.name} reads keys or a list of ids" for x in scorers
+                 if hasattr(x, "final") or "ids" in x.needs), "")
 
 
 def movable(store: Store) -> bool:

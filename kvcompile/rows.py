@@ -53,7 +53,8 @@ def kernel_of(site: Site) -> tuple[str, str]:
     """
     why = fused(site)
     if not why:
-        return "fused C++", ""
+        many = "calls of several tokens rebuild keys in the plain body of kvc.attend"
+        return "fused C++", many if site.rebuilt else ""
     which = "eager body" if {"attend", "append"} <= why.keys() else f"eager {' '.join(why)}"
     return which, "; ".join(f"kvc.{op} runs its plain body: {reason}" for op, reason in why.items())
 
@@ -63,8 +64,7 @@ def fused(site: Site) -> dict[str, str]:
     attend, append = module("kernels", "cpp_attend"), module("kernels", "cpp_append")
     shape = attend.Shape(site.heads, site.q_heads // site.heads, site.dims, site.dtype, 1.0,
                          site.window)
-    found = {"attend": "keys are rebuilt at read" if site.rebuilt else
-                       attend.unsupported(site.layout, shape),
+    found = {"attend": attend.unsupported(site.layout, shape),
              "append": append.unsupported(site.layout, site.dims, site.dtype),
              "evict": "there is no kernel for it" if site.store.slots else ""}
     return {op: reason for op, reason in found.items() if reason}

@@ -197,7 +197,7 @@ def test_without_waiting_the_same_is_left(recipe, monkeypatch):
     """What a CUDA graph holds: shapes alone decide. Padding steps in between change nothing."""
     limit = Recipe.parse(recipe).terms[0].get("budget") or 2**31 - 1
     both = [Stepper(recipe, NO_WAIT[recipe], limit) for _ in range(2)]
-    assert not evict.waiting([both[0].rule], 1)
+    assert not evict.waiting(both[0].store, [both[0].rule], 1)
     real = evict.run
     for step in range(340 if limit == 130 else 90):
         for ours, waits in zip(both, (True, False), strict=True):

@@ -207,10 +207,11 @@ def test_the_model_is_untouched_and_changed_weights_are_noticed():
         model(prompt(5), use_cache=True)
 
 
-def test_explain_names_the_body_that_rebuilds_keys():
+def test_explain_names_what_rebuilds_keys():
     report = kvcompile.explain(optimized("llama"), "palu(whiten=false)")
     why = {row.why for row in report.rows}
-    assert why == {"kvc.attend runs its plain body: keys are rebuilt at read"}
+    assert why == {"calls of several tokens rebuild keys in the plain body of kvc.attend"}
+    assert {row.kernel for row in report.rows} == {"fused C++"}
     assert any("2 x rank" in row.what or "1 x rank 16 of 32" in row.what for row in report.rows)
 
 

@@ -83,4 +83,4 @@ def test_models_without_rotation_are_refused():
 
 def test_explain_says_what_it_costs():
     row = kvcompile.explain(optimized("llama:2"), SLOTS).rows[-1]
-    assert "side by side" in row.storage and "keys are rebuilt at read" in row.why
+    assert "side by side" in row.storage and "of several tokens rebuild keys" in row.why

@@ -43,9 +43,11 @@ template <class C> struct State {  // of one head's queries: o is not yet divide
     }
 };
 
+template <class C> constexpr bool k_turns = turns<typename C::KBody> && !C::MADE;
+
 template <class C> struct Queries {  // of one kv head, scaled
-    alignas(64) float q[C::G][C::DK];
-    alignas(64) float turned[C::G][turns<typename C::KBody> ? C::DK : 1];
+    alignas(64) float q[C::G][C::DQ];
+    alignas(64) float turned[C::G][k_turns<C> ? C::DK : 1];
     float peak[C::G], turned_peak[C::G];  // largest magnitudes
 };
 
@@ -147,16 +149,23 @@ inline void weigh(float (*x)[PAGE], int from, int to, State<C>& s, int row, floa
     }
 }
 
+// Logits of a tier's tokens, the first of the page at `number`; keys are made if they have to be.
+template <class C, class Reader, int R, int ROW>
+inline void tier_logits(const Tier& tier, long page, const Making<C>& making, long number, const float* const* q, const float* peaks, int from, int to, float (*out)[PAGE]) {
+    if constexpr (C::MADE) made_logits<C, Reader, R, ROW>(tier, page, making, number, q, from, to, out);
+    else read_logits<Reader, R, C::ROUGH>(tier, page, q, peaks, from, to, out);
+}
+
 template <class C, int R, int ROW>
 inline void rows(const typename C::Tiers& tiers, const Span<C>& at, long place, long block, bool sinks,
-                 const Queries<C>& query, State<C>& s, const Mass<C>& mass) {
+                 const Queries<C>& query, State<C>& s, const Mass<C>& mass, const Making<C>& making) {
     alignas(64) float x[R][PAGE];
     float share[R];
     const float *q[R], *body[R], *peaks = query.peak + ROW;
-    const float* body_peaks = turns<typename C::KBody> ? query.turned_peak + ROW : peaks;
+    const float* body_peaks = k_turns<C> ? query.turned_peak + ROW : peaks;
     for (int r = 0; r < R; r++) {
         q[r] = query.q[ROW + r];
-        body[r] = turns<typename C::KBody> ? query.turned[ROW + r] : q[r];
+        body[r] = k_turns<C> ? query.turned[ROW + r] : q[r];
     }
     auto id = [&](const Tier& tier, long ring) { return (long)tier.table[place * tier.pages + (ring ? block % ring : block)]; };
     long base = block * PAGE;
@@ -164,7 +173,7 @@ inline void rows(const typename C::Tiers& tiers, const Span<C>& at, long place, 
         if constexpr (C::SINKS > 0) {
             int from = (int)(std::max(at.low, base) - base), to = (int)(std::min({at.count, (long)C::SINKS, base + PAGE}) - base);
             if (from >= to) return;
-            read_logits<typename C::KSinks, R, C::ROUGH>(tiers.k_sinks, id(tiers.k_sinks, 0), q, peaks, from / 16 * 16, to, x);
+            tier_logits<C, typename C::KSinks, R, ROW>(tiers.k_sinks, id(tiers.k_sinks, 0), making, base + making.shift, q, peaks, from / 16 * 16, to, x);
             weigh<C, R>(x, from, to, s, ROW, share, mass, base);
             add_values<typename C::VSinks, R, C::ROUGH>(tiers.v_sinks, id(tiers.v_sinks, 0), x, share, from, to, true, s.o + ROW);
         }
@@ -174,9 +183,9 @@ inline void rows(const typename C::Tiers& tiers, const Span<C>& at, long place, 
     int k = (int)std::min<long>(std::max<long>(at.end_k - base, from), to);
     int v = (int)std::min<long>(std::max<long>(at.end_v - base, from), to);
     if constexpr (!std::is_same_v<typename C::KBody, None>)
-        if (from < k) read_logits<typename C::KBody, R, C::ROUGH>(tiers.k_body, id(tiers.k_body, C::K_BODY_RING), body, body_peaks, from / 16 * 16, k, x);
+        if (from < k) tier_logits<C, typename C::KBody, R, ROW>(tiers.k_body, id(tiers.k_body, C::K_BODY_RING), making, C::SINKS + base, body, body_peaks, from / 16 * 16, k, x);
     if constexpr (!std::is_same_v<typename C::KRecent, None>)
-        if (k < to) read_logits<typename C::KRecent, R, C::ROUGH>(tiers.k_recent, id(tiers.k_recent, C::K_RECENT_RING), q, peaks, k == from ? from / 16 * 16 : k, to, x);
+        if (k < to) tier_logits<C, typename C::KRecent, R, ROW>(tiers.k_recent, id(tiers.k_recent, C::K_RECENT_RING), making, C::SINKS + base, q, peaks, k == from ? from / 16 * 16 : k, to, x);
     weigh<C, R>(x, from, to, s, ROW, share, mass, C::SINKS + base);
     bool cut = v % 16 != 0 && from < v && v < to;
     if constexpr (!std::is_same_v<typename C::VBody, None>)
@@ -193,18 +202,19 @@ inline void rows(const typename C::Tiers& tiers, const Span<C>& at, long place, 
 // At most 8 queries share a decoded vector: more would spill registers.
 template <class C, int ROW = 0>
 inline void block_of(const typename C::Tiers& tiers, const Span<C>& at, long place, long block, bool sinks,
-                     const Queries<C>& query, State<C>& s, const Mass<C>& mass) {
+                     const Queries<C>& query, State<C>& s, const Mass<C>& mass, const Making<C>& making) {
     if constexpr (ROW < C::G) {
         constexpr int chunks = (C::G + 7) / 8, most = (C::G + chunks - 1) / chunks;
         constexpr int r = C::G - ROW < most ? C::G - ROW : most;
-        rows<C, r, ROW>(tiers, at, place, block, sinks, query, s, mass);
-        block_of<C, ROW + r>(tiers, at, place, block, sinks, query, s, mass);
+        rows<C, r, ROW>(tiers, at, place, block, sinks, query, s, mass, making);
+        block_of<C, ROW + r>(tiers, at, place, block, sinks, query, s, mass, making);
     }
 }
 
-template <class C, class T, class Q, class K, class V, class Out>
+// `making_at(b, h)` is what the keys of a row's kv head are made of.
+template <class C, class T, class Q, class K, class V, class Out, class M>
 void attend(const typename C::Tiers& tiers, const int32_t* count, const bool* valid, const float* sinks, long batch,
-            float* mass, long mass_places, Q q_at, K k_at, V v_at, Out out_at, float* lse_to = nullptr) {
+            float* mass, long mass_places, Q q_at, K k_at, V v_at, Out out_at, float* lse_to, M making_at) {
     const long places = batch * C::H;
     long total = 0;
     for (long i = 0; i < places; i++) {
@@ -221,14 +231,19 @@ void attend(const typename C::Tiers& tiers, const int32_t* count, const bool* va
     auto read_queries = [&](long i, Queries<C>& query) {
         for (int g = 0; g < C::G; g++) {
             const T* q = q_at(i / C::H, i % C::H * C::G + g);
-            for (int d = 0; d < C::DK; d++) query.q[g][d] = read(q + d) * SCALE<C>;
-            if constexpr (turns<typename C::KBody>) {
+            for (int d = 0; d < C::DQ; d++) query.q[g][d] = read(q + d) * SCALE<C>;
+            if constexpr (k_turns<C>) {
                 std::memcpy(query.turned[g], query.q[g], sizeof(query.q[g]));
                 C::KBody::turn(query.turned[g]);
                 query.turned_peak[g] = largest_of(query.turned[g], C::DK);
             }
-            query.peak[g] = largest_of(query.q[g], C::DK);
+            if constexpr (!C::MADE) query.peak[g] = largest_of(query.q[g], C::DK);
         }
+    };
+    auto made_of = [&](long i) {
+        Making<C> making = making_at(i / C::H, i % C::H);
+        if constexpr (C::SHIFTED) making.shift = std::max(0L, count[i] - C::SINKS - C::WINDOW) / C::GRAIN * C::GRAIN;
+        return making;
     };
     auto work = [&](int thread) {
         long from = total * thread / threads, to = total * (thread + 1) / threads, unit = 0;
@@ -245,8 +260,9 @@ void attend(const typename C::Tiers& tiers, const int32_t* count, const bool* va
             s.clear();
             Queries<C> query;
             read_queries(i, query);
+            const Making<C> making = made_of(i);
             for (long b = start; b < end; b++)
-                block_of<C>(tiers, at, i, b < sink ? b : at.first / PAGE + b - sink, b < sink, query, s, mass_of(i));
+                block_of<C>(tiers, at, i, b < sink ? b : at.first / PAGE + b - sink, b < sink, query, s, mass_of(i), making);
             s.finish();
         }
     };
@@ -261,7 +277,14 @@ void attend(const typename C::Tiers& tiers, const int32_t* count, const bool* va
             }
             const T *q = q_at(i / C::H, i % C::H * C::G + g), *k = k_at(i / C::H, i % C::H), *v = v_at(i / C::H, i % C::H);
             float own = 0.0f;
-            for (int d = 0; d < C::DK; d++) own += read(q + d) * SCALE<C> * read(k + d);
+            if constexpr (C::MADE) {
+                alignas(64) static thread_local float stored[C::DK], key[C::DQ];
+                for (int d = 0; d < C::DK; d++) stored[d] = read(k + d);
+                made_of(i).one(g / (C::G / C::KEYS), stored, count[i], key);
+                for (int d = 0; d < C::DQ; d++) own += read(q + d) * SCALE<C> * key[d];
+            } else {
+                for (int d = 0; d < C::DK; d++) own += read(q + d) * SCALE<C> * read(k + d);
+            }
             if (C::SOFTCAP != 0.0f) own = capped<C>(own);
             float sink = C::HAS_SINKS ? sinks[i % C::H * C::G + g] * LOG2E : -INFINITY;
             float m = std::max(own, sink);

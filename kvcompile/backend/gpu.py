@@ -64,7 +64,8 @@ def _evict(planes: Sequence[Tensor], mass: Sequence[Tensor], k: Sequence[Tensor]
     """Which tokens leave is told by torch's ops; a kernel moves the others. A step waits for the
     device only where `evict.waiting` says why."""
     mover = triton_launch.move if triton_source.installed() else None
-    waits = mover is None or bool(evict.waiting(options["rules"], valid.shape[1]))
+    waits = mover is None or bool(
+        evict.waiting(Store.parse(options["store"]), options["rules"], valid.shape[1]))
     evict.run(list(planes), list(mass), list(k), list(v), positions, valid, mover=mover,
               waits=waits, **options)
 

@@ -61,18 +61,23 @@ def attend(q: Any, k: Any, v: Any, planes: list[Any], positions: Any, valid: Any
            at: Any = None) -> Any:
     """Over what is stored; the log-sum-exp and mass of one query only."""
     batch, heads, tokens, _ = q.get_size()
-    if basis is not None or cos is not None:  # no kernel rebuilds keys
-        return None
     lse = _used(1)
     parsed = Store.parse(store)
     shape = _shape(q, k, v, scale, window, softcap, sinks)._replace(mass=mass)
+    making = {n: contiguous(x) for n, x in (("basis", basis), ("offset", offset), ("cos", cos),
+                                            ("sin", sin)) if x is not None}
+    if making:
+        shape = shape._replace(dims=(int(k.get_size()[3]), shape.dims[1]),
+                               made=_made(q, shape.heads, making, style))
     if not _equal(tokens, 1):
+        if making:
+            return None
         o = None if mass or lse else _many(shape, q, k, v, planes, valid, sinks, parsed, slot,
                                            member, at)
         return o and (o, o, o)
     if q.get_device().type != "cpu" or cpp_attend.unsupported(parsed, shape):
         return None
-    inputs = _inputs(q, k, v, planes, valid, sinks, parsed, slot, member, at)
+    inputs = _inputs(q, k, v, planes, valid, sinks, parsed, slot, member, at) | making
     text = [*cpp_attend.headers(), cpp_attend.config(parsed, shape, threads())]
     statements = cpp_attend.statements(parsed, shape, threads(), lse)
     size, results = [batch, heads, tokens, v.get_size()[3]], dict[str, Any]()
@@ -87,6 +92,16 @@ def attend(q: Any, k: Any, v: Any, planes: list[Any], positions: Any, valid: Any
     results["out"] = o = empty(size, q.get_dtype())
     kernel(text, statements, {**inputs, **results}, [1], torch.uint8, [*results])
     return o, results.get("lse", o), results.get("mass", o)
+
+
+def _made(q: Any, heads: int, making: dict[str, Any], style: str) -> cpp_attend.Made:
+    """How keys are made of the operands that are given."""
+    basis, cos = making.get("basis"), making.get("cos")
+    parts = basis if basis is not None else making.get("offset")
+    return cpp_attend.Made(
+        int(q.get_size()[3]), 1 if basis is None else int(basis.get_size()[0]) // heads,
+        basis is not None, "offset" in making, 0 if cos is None else int(cos.get_size()[3]), style,
+        *(torch.float32 if x is None else x.get_dtype() for x in (cos, parts)))
 
 
 def _many(shape: cpp_attend.Shape, q: Any, k: Any, v: Any, planes: list[Any], valid: Any,

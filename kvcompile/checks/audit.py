@@ -174,7 +174,7 @@ class Run:
 
     def arithmetic(self, site: Site, tokens: int) -> Arithmetic:
         many = "cpp_attend" if tokens == 1 else "cpp_blockwise"
-        name = many if self.fused(site) else "eager"
+        name = many if self.fused(site) and (tokens == 1 or not site.rebuilt) else "eager"
         own: Arithmetic = module("kernels", name).arithmetic(site.dtype)
         return own
 
