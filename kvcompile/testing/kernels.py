@@ -35,8 +35,8 @@ from kvcompile.testing.stores import Shape, drawn
 from kvcompile.testing.strategies import dims, formats_of
 
 LENGTHS = (0, 80, 208)  # tokens of the rows, and SPARE more, before the steps: in those one row
-SPARE = 46              # ends a step of 16, one a block of 128, one a page
-STEPS = {"C++": 12, "Triton": 3}
+SPARE = 46              # ends a step of 16, two a block of 128
+STEPS = {"C++": 12, "Triton": 2}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COST = 20
 
