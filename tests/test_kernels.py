@@ -257,7 +257,8 @@ def test_the_attention_mass_of_each_token(name):
     assert (total - case.shape.queries).abs().max() <= 1e-4 * case.shape.queries
 
 
-@pytest.mark.parametrize("name", ["kivi4", "fp8", "nf4", "bf16-symmetric", "fp16"])
+@pytest.mark.parametrize("name", ["kivi4", "bf16-symmetric", *(
+    pytest.param(n, marks=pytest.mark.slow) for n in ("fp8", "nf4", "fp16"))])
 def test_other_machines(name, monkeypatch):
     """The text for machines without AVX-512 gives the same."""
     text = ("#define KVC_PORTABLE\n", *cpp_attend.headers())

@@ -95,7 +95,11 @@ def tolerance(given, operands, want):
     return logit, (torch.expm1(torch.tensor(2 * logit)).item() + weights) * 5.0 + last
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = {"turned", "interleaved", "sinks", "low-rank-offset", "no-rotation", "fp16-angles"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n
+                                  for n in CASES])
 def test_the_kernel_is_the_body(name):
     given, operands, options = made(**CASES[name])
     got, *mass = fused(given, operands, options)

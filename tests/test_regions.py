@@ -32,7 +32,8 @@ def calls(gm):
     return [n for n in gm.graph.nodes if n.target is invoke_subgraph]
 
 
-@pytest.mark.parametrize("arch", CALLS)
+@pytest.mark.parametrize("arch", [pytest.param(x, marks=pytest.mark.slow) if x == "gpt_oss" else x
+                                  for x in CALLS])
 def test_the_same_tokens_from_a_smaller_graph(arch, outlined):
     model = kvcompile.optimize(optimized(arch), "full", compile=True)
     model.kvcompile.engine.alone.compile = False
