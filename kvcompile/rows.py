@@ -48,8 +48,8 @@ def layer_rows(program: Program, before: Sequence[float]) -> list[Row]:
 def kernel_of(site: Site) -> tuple[str, str]:
     """What runs the kvc ops of a compiled step on the CPU, and why that is no fused kernel, if so.
 
-    Prompts and later turns attend and store by the same readers' kernels (`kvcompile.alone`); what
-    is not compiled runs the plain bodies.
+    Prompts and later turns attend and store by the same readers' kernels (`kvcompile.alone`), but
+    for later turns over keys that are rebuilt at read; what is not compiled runs the plain bodies.
     """
     why = fused(site)
     if not why:

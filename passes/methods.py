@@ -248,6 +248,6 @@ METHODS: tuple[Method, ...] = (
         ),
         axes=_streamingllm,
         note="positions=slot is the paper's: keys are stored before their rotation and turned at "
-        "every read, which has no fused kernel",
+        "every read",
     ),
 )
