@@ -1,8 +1,9 @@
-"""merge: the tokens of two layers become one direction and two lengths when they are stored.
+"""merge: the tokens of several layers are encoded together when they are stored.
 
     attention_i(store), attention_j(store) -> attention_i(store'), attention_j(store')
 
-where store' holds both layers side by side, and its body what kernels/direction.py makes of them.
+where store' holds the layers side by side, and its body what a format makes of them: one direction
+(kernels/direction.py) or mixtures of a few vectors (kernels/subspace.py).
 """
 
 from collections.abc import Sequence
@@ -23,58 +24,62 @@ from kvcompile.store import Side, Store
 
 @dataclass(frozen=True)
 class Merge:
-    """Store layers i and j together, where axis `merge` of each is the number of the other.
+    """Store layers together, where axis `merge` of each is the numbers of them all, in order.
 
-    `merge.t` is where between the two the common direction lies, `merge.kept` how many of 128
-    tokens stay as they are. Tokens are merged once, in blocks of 128, when they leave the recent
-    tier, which exists for that; a call attends to its own tokens exactly. Layers whose windows,
-    heads or storage differ stay as they are.
+    `merge.k` and `merge.v` are the formats of what lies side by side, around the recipe's own.
+    Tokens are encoded once, in blocks of 128, when they leave the recent tier, which exists for
+    that; a call attends to its own tokens exactly. Layers whose windows, heads or storage differ
+    stay as they are.
     """
 
     name: ClassVar[str] = "merge"
     order: ClassVar[int] = 70
-    axes: ClassVar[tuple[str, ...]] = ("merge", "merge.t", "merge.kept")
+    axes: ClassVar[tuple[str, ...]] = ("merge", "merge.k", "merge.v")
 
     def run(self, gm: GraphModule, plan: Sequence[LayerPlan]) -> list[Outcome]:
         nodes, known = attention_nodes(gm.graph), sites(gm.graph)
         outcomes: list[Outcome] = []
-        for later, node in enumerate(nodes):
-            first = plan[later].get("merge", later)
-            if type(first) is not int or not 0 <= first < len(nodes):
-                raise RecipeError(f"{plan[later].origin['merge']}: layer {later} cannot be merged "
-                                  f"with {first}: there are {len(nodes)} layers")
-            if first >= later or known[later].members:
+        for members in dict.fromkeys(own.values["merge"] for own in plan if "merge" in own.values):
+            assert isinstance(members, tuple)
+            last = max(members)
+            own = next(own for own in plan if own.get("merge") == members)
+            if beyond := [i for i in members if not 0 <= i < len(nodes)]:
+                raise RecipeError(f"{own.origin['merge']}: layer {beyond[0]} cannot be merged: "
+                                  f"there are {len(nodes)} layers")
+            if known[last].members == members:
                 continue
-            why = "" if plan[first].get("merge") == later else f"layer {first} is kept by itself"
-            why = why or _difference(known[first], known[later])
-            why = why or next(filter(None, map(_rebuilt, (nodes[first], node))), "")
+            why = next((f"layer {i} is kept by itself" for i in members
+                        if plan[i].get("merge") != members), "")
+            why = why or next(filter(None, (_difference(known[i], known[last])
+                                            for i in members[:-1])), "")
+            why = why or next(filter(None, (_rebuilt(nodes[i]) for i in members)), "")
             if why:
-                outcomes += [Refused(i, why, node.name) for i in (first, later)]
+                outcomes += [Refused(i, why, nodes[last].name) for i in members]
                 continue
-            options = {"t": plan[later].get("merge.t"), "kept": plan[later].get("merge.kept")}
             try:
-                _merge([nodes[first], node], known[later], (first, later), options)
+                what = _merge([nodes[i] for i in members], known[last], members, own)
             except RecipeError as error:
-                origin = plan[later].origin["merge"]
-                raise RecipeError(f"{origin.name}: layer {later}: {error}") from error
-            outcomes += [Rewritten(a, f"one direction with layer {b}")
-                         for a, b in ((first, later), (later, first))]
+                raise RecipeError(f"{own.origin['merge'].name}: layer {last}: {error}") from error
+            outcomes += [Rewritten(i, f"one {what} with layer "
+                                   + ", ".join(str(j) for j in members if j != i))
+                         for i in members]
         return outcomes
 
 
-def _merge(nodes: Sequence[Node], site: Site, members: tuple[int, int],
-           options: dict[str, Any]) -> None:
-    k, v = (_side(side, options) for side in (site.store.k, site.store.v))
-    store = replace(site.store, k=k, v=v, members=2)
+def _merge(nodes: Sequence[Node], site: Site, members: tuple[int, ...], own: LayerPlan) -> str:
+    """Give the layers one store; the name of the format that holds them."""
+    k, v = (_side(side, cast(Term, own.get(f"merge.{name}")))
+            for name, side in (("k", site.store.k), ("v", site.store.v)))
+    store = replace(site.store, k=k, v=v, members=len(members))
     store.planes(site.dims, site.dtype)  # raises RecipeError for what does not fit
     for node in nodes:
         node.kwargs = cast(Any, {**node.kwargs, "store": str(store), "members": list(members)})
+    return k.format.name
 
 
-def _side(side: Side, options: dict[str, Any]) -> Side:
+def _side(side: Side, around: Term) -> Side:
     """Whole pages leave together, behind no more tokens than before (but at most a page)."""
-    given = tuple((name, value) for name, value in options.items() if value is not None)
-    fmt = format_of(Term("direction", (("of", term_of(side.format)), *given)))
+    fmt = format_of(Term(around.name, (("of", term_of(side.format)), *around.args)))
     lag = max(0, (side.lag + side.block) // PAGE - 1) * PAGE
     return Side(fmt, max(side.block, PAGE) // PAGE * PAGE, lag)
 
@@ -86,8 +91,8 @@ def _rebuilt(node: Node) -> str:
         return f"{layer} stores one latent for K and V"
     if argument(node, "rule"):
         return f"which tokens {layer} keeps is decided by scores"
-    if any(argument(node, name) is not None for name in ("basis", "cos")):
-        return f"the keys of {layer} are rebuilt when they are read"
+    if argument(node, "basis") is not None:
+        return f"the keys of {layer} are rebuilt from latents when they are read"
     return ""
 
 

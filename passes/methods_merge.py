@@ -1,4 +1,4 @@
-"""Methods that store two layers as one: axes `merge`, `merge.t`, `merge.kept`."""
+"""Methods that store layers as one: axes `merge`, `merge.k`, `merge.v`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +12,7 @@ from kvcompile.calibration.similarity import similarity
 from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE
 from kvcompile.method import Axes, Method, Param
+from kvcompile.recipe import Term
 
 
 def _minicache(p: Mapping[str, Any]) -> list[Axes]:
@@ -19,14 +20,35 @@ def _minicache(p: Mapping[str, Any]) -> list[Axes]:
     pairs = p["pairs"] or neighbours(free(layers, p["start"]))
     if any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
         raise RecipeError(f"pairs={pairs}: must be a list of lists of two layers")
-    other = {a: b for pair in pairs for a, b in (pair, pair[::-1])}
-    if len(other) != 2 * len(pairs):
-        raise RecipeError(f"pairs={pairs}: each layer can be in one pair only")
-    if missing := sorted(set(other) - set(layers)):
-        raise RecipeError(f"pairs={pairs}: layer {missing[0]} is not among those claimed")
-    options = {"merge.t": p["t"], "merge.kept": round(p["retained"] * PAGE)}
-    return [{} if i not in other else {"merge": other[i], **options, **(
-                {"align": other[i]} if p["align"] and other[i] < i else {})} for i in layers]
+    return together("pairs", pairs, layers, dict.fromkeys("kv", Term(
+        "direction", (("t", p["t"]), ("kept", round(p["retained"] * PAGE))))), p["align"])
+
+
+def together(name: str, groups: Sequence[tuple[int, ...]], layers: Sequence[int],
+             around: Mapping[str, Term], align: bool = False) -> list[Axes]:
+    """The axes of `layers` of which `groups`, the parameter `name`, are stored together in the
+    formats `around` (k, v); with `align` in the basis of their group's first."""
+    of = {i: tuple(sorted(group)) for group in groups for i in group}
+    if len(of) != sum(map(len, groups)):
+        kind = name.removesuffix("s")
+        raise RecipeError(f"{name}={groups}: each layer can be in one {kind} only")
+    if missing := sorted(set(of) - set(layers)):
+        raise RecipeError(f"{name}={groups}: layer {missing[0]} is not among those claimed")
+    formats = {f"merge.{side}": term for side, term in around.items()}
+    return [{} if i not in of else {"merge": of[i], **formats, **(
+                {"align": of[i][0]} if align and of[i][0] < i else {})} for i in layers]
+
+
+def _xkv(p: Mapping[str, Any]) -> list[Axes]:
+    layers, size = p["layers"], p["group"]
+    groups = p["groups"] or [tuple(layers[i : i + size]) for i in range(0, len(layers), size)]
+    if any(not isinstance(group, tuple) for group in groups):
+        raise RecipeError(f"groups={groups}: must be a list of lists of layers")
+    around = {side: Term("subspace", (("rank", p[f"rank_{side}"]), ("basis", p["basis"])))
+              for side in "kv"}
+    turned = {"recompute": "turned"} if p["prerope"] else {}
+    return [{**axes, **turned} if axes else axes for axes in together(
+        "groups", [group for group in groups if len(group) > 1], layers, around)]
 
 
 def free(layers: Sequence[int], start: float) -> Sequence[int]:
@@ -72,6 +94,7 @@ def aligned(samples: Sequence[Sample], alike: Tensor) -> Tensor:
     return out
 
 
+RANKS = (16, 32, 64, 96, 128)
 METHODS = (Method(
     name="minicache",
     title="MiniCache",
@@ -94,4 +117,23 @@ METHODS = (Method(
     note="neighbours from the last layer back to the middle, per kv head, K and V by themselves; "
     "retained tokens are a fixed share of each block, in the paper those beyond a share of the "
     "largest distance",
-),)
+), Method(
+    name="xkv",
+    title="xKV",
+    paper="arXiv:2503.18893",
+    family="sharing",
+    params=(
+        Param("group", 4, minimum=2, help="neighbouring layers that are factored together"),
+        Param("rank_k", 32, choices=RANKS, help="vectors that K of 128 tokens of a kv head is "
+              "mixed of, in all layers of a group"),
+        Param("rank_v", 64, choices=RANKS, help="those of V"),
+        Param("basis", "int8", choices=("int8", "same"), help="what these vectors are stored in: 8 "
+              "bits or the model's type"),
+        Param("prerope", True, help="K is stored before its rotation and turned at every read"),
+        Param("groups", (), help="the groups of layers by hand"),
+    ),
+    axes=_xkv,
+    note="the SVD of the layers' K, or V, side by side, by kv head and 128 tokens; the paper's is "
+    "of all heads and a whole prompt, and leaves later tokens as they are. Layers left over by "
+    "`group` are a smaller group",
+))

@@ -1,4 +1,5 @@
-"""Methods by which layers attend to the K and V of earlier ones, and store none: axis `owner`."""
+"""Methods by which layers attend to the K and V of earlier ones, and store none: axis `owner`; or
+compute their own from what an earlier one is given: axis `input`."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +42,15 @@ def _map(p: Mapping[str, Any]) -> list[Axes]:
         raise RecipeError(f"{Term('map', (('map', owners),))}: names the owners of {len(owners)} "
                           f"layers, but {len(layers)} are claimed")
     return _axes(layers, owners, p["align"])
+
+
+def _swiftkv(p: Mapping[str, Any]) -> list[Axes]:
+    layers, first = p["layers"], round(p["start"] * len(p["layers"]))
+    later, size = layers[first:], p["across"]
+    owners = [later[i // size * size] for i in range(len(later))]
+    return [*({} for _ in layers[:first]), *({
+        **({"input": later[0]} if i != later[0] else {}), **({"owner": j} if i != j else {})}
+        for i, j in zip(later, owners, strict=True))]
 
 
 def _calibrate(p: Mapping[str, Any], samples: Samples) -> Axes:
@@ -130,6 +140,22 @@ METHODS = (
         axes=_by_place(lambda i, n, p: min(j for j in range(n)
                                            if j * p["owners"] // n == i * p["owners"] // n)),
         note="for models that were trained so; others lose much",
+    ),
+    Method(
+        name="swiftkv",
+        title="SwiftKV",
+        paper="arXiv:2410.03960",
+        family="sharing",
+        params=(
+            Param("start", 0.5, minimum=0, maximum=1, help="share of the layers, from the first, "
+                  "that stay as they are"),
+            Param("across", 1, minimum=1, help="later layers that attend to the K and V of the "
+                  "first of them (AcrossKV)"),
+        ),
+        axes=_swiftkv,
+        note="SingleInputKV: K and V of the later layers are projected, by each layer's own norm "
+        "and weights, from what the first of them is given. For models that were distilled so; "
+        "others lose much. A prompt is still computed in all layers",
     ),
     Method(
         name="kvsharer",

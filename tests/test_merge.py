@@ -195,7 +195,7 @@ def test_the_pairs():
         assert neighbours(free(range(layers), 0.5)) == pairs
     assert neighbours((4, 5, 6)) == ((5, 6),)
     axes = plan("minicache(layers=2:)", 8)
-    assert [p.get("merge") for p in axes] == [None] * 6 + [7, 6]
+    assert [p.get("merge") for p in axes] == [None] * 6 + [(6, 7)] * 2
 
 
 def test_calibrated_pairs_are_the_best_matching():

@@ -27,11 +27,11 @@ def contract(store: Store, k: Tensor, v: Tensor, member: int = 0) -> Contract:
         eps[side] = torch.zeros(x.shape, dtype=torch.float64)
         if span.end:
             fmt, at = store.side(side).format, slice(store.sinks, store.sinks + span.end)
-            body = x[:, at].float()
+            body = x[:, at]                # formats may store some numbers in the model's type
             planes = fmt.encode(body, side)
             bound = fmt.error_bound(planes, x.shape[-1], side).double()
             if bool(bound.any()):
-                bound += 16 * 2.0**-23 * (body.abs().amax((1, 2), keepdim=True) + bound)
+                bound += 16 * 2.0**-23 * (body.float().abs().amax((1, 2), keepdim=True) + bound)
             eps[side][:, at] = bound
         dim = x.shape[-1] // store.members
         eps[side] = eps[side].narrow(-1, member * dim, dim)
