@@ -35,8 +35,8 @@ def score(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor, hin
     for row, columns, own in _rows(valid, probe):
         if not len(own):
             continue
-        x = Prompt(*(_taken(t[row], columns) for t in (q, k, v)), positions[row, columns],
-                   scale, softcap, len(own), min(question, len(own)),
+        x = Prompt(_taken(q[row], columns), _taken(k[row], columns), _taken(v[row], columns),
+                   positions[row, columns], scale, softcap, len(own), min(question, len(own)),
                    weight, _angles(angles, row, columns), style,
                    None if ids is None else ids[row, columns], parsed.layer, parsed.layers)
         scores[row][:, own] = parsed.scorer.prompt(x).float()
