@@ -37,11 +37,14 @@ class Writer:
         return node
 
     def buffer(self, name: str, value: Tensor, derived: tuple[str, ...] = ()) -> Node:
-        """A new buffer; `derived` are the parameters that its values were computed from."""
+        """A new buffer; `derived` are the parameters (or buffers made of some) that its values were
+        computed from."""
+        known = self.gm.meta.setdefault("derived", {})
+        derived = tuple(dict.fromkeys(x for n in derived for x in known.get(n, (n,))))
         number, stem = 0, name
         while hasattr(self.gm, name):
             name, number = f"{stem}_{number + 1}", number + 1
         self.gm.register_buffer(name, value.contiguous(), persistent=False)
         node = self.attribute(name)
-        node.meta["derived"] = derived
+        known[name] = node.meta["derived"] = derived
         return node
