@@ -35,7 +35,7 @@ def score(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor, hin
     for row, columns, own in _rows(valid, probe):
         if not len(own):
             continue
-        x = Prompt(q[row][:, columns], k[row][:, columns], v[row][:, columns],
+        x = Prompt(_taken(q[row], columns), _taken(k[row], columns), _taken(v[row], columns),
                    positions[row, columns], scale, softcap, len(own), min(question, len(own)),
                    weight, _angles(angles, row, columns), style,
                    None if ids is None else ids[row, columns], parsed.layer, parsed.layers)
@@ -58,6 +58,11 @@ def prune(q: Tensor, k: Tensor, positions: Tensor, valid: Tensor, hints: Tensor,
         older = own[: max(0, len(own) - parsed.pruner.recent)]
         out[row][:, older] = k[row][:, older] * parsed.pruner.prompt(x)[:, None]
     return out
+
+
+def _taken(x: Tensor, columns: Tensor) -> Tensor:
+    """x [H, S, D] at these columns; no copy of all of them."""
+    return x if len(columns) == x.shape[1] else x[:, columns]
 
 
 def _angles(angles: Tensor | None, row: int, columns: Tensor) -> Tensor | None:
@@ -101,9 +106,15 @@ def keep(scores: list[Tensor], measures: list[Tensor], k: list[Tensor], v: list[
             for head, at in enumerate(heads):
                 out[i][row, head, : len(at)] = at.int()
     places = [at.clamp(min=0).long() for at in out]
-    gathered = [[x.gather(2, at[..., None].expand(-1, -1, -1, x.shape[-1])) for x, at in
-                 zip(xs, places, strict=True)] for xs in both]
-    return (*gathered, out, [s.gather(2, at) for s, at in zip(scores, places, strict=True)])  # type: ignore[return-value]
+    gathered = [[_gathered(x, at) for x, at in zip(xs, places, strict=True)]
+                for xs in (*both, scores)]
+    return gathered[0], gathered[1], out, gathered[2]
+
+
+def _gathered(x: Tensor, at: Tensor) -> Tensor:
+    """x [B, H, S, ...] at the columns [B, H, S'] of each head."""
+    rows, heads = (torch.arange(n, device=x.device) for n in x.shape[:2])
+    return x[rows[:, None, None], heads[:, None], at]
 
 
 def select(rules: Sequence[Rule], scores: list[Tensor], measures: Sequence[float]
@@ -122,11 +133,19 @@ def select(rules: Sequence[Rule], scores: list[Tensor], measures: Sequence[float
         r.budgeter.counts([s], [m])[0] for r, s, m in zip(rules, scores, measures, strict=True)]
     chosen = []
     for s, numbers in zip(scores, counts, strict=True):
-        order = s.argsort(dim=-1, descending=True, stable=True)
         least = s.isposinf().sum(-1).clamp(min=1).tolist()
-        chosen.append([order[h, : min(tokens, max(n, m))].sort().values
-                       for h, (n, m) in enumerate(zip(numbers, least, strict=True))])
+        chosen.append([largest(own, min(tokens, max(n, m)))
+                       for own, n, m in zip(s, numbers, least, strict=True)])
     return chosen
+
+
+def largest(x: Tensor, n: int) -> Tensor:
+    """Numbers, ascending, of the n largest of x [T]; of equals the earlier."""
+    if n == len(x):
+        return torch.arange(n, device=x.device)
+    cut = x.topk(n, sorted=False).values.amin()
+    more, equal = x > cut, x == cut
+    return (more | equal & (equal.cumsum(0) <= n - more.sum())).nonzero().flatten()
 
 
 def _turn(keys: Tensor, kept: list[Tensor], positions: Tensor, own: Tensor, x: Prompt) -> None:

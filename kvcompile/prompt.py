@@ -68,15 +68,23 @@ class Prompt:
         """
         n, keys = self.k.shape[1], self.k.float()
         stop = n if stop is None else stop
-        at = torch.arange(n, device=keys.device)
         for first in range(start, stop, CHUNK):
             last = min(first + CHUNK, stop)
-            seen = keys[:, None, :last].transpose(-1, -2)
-            logits = self.queries[:, :, first:last] @ seen * self.scale
+            rows = self.q[:, first:last].float() * self.scale
+            logits = rows.reshape(self.heads, -1, rows.shape[-1]) @ keys[:, :last].transpose(1, 2)
+            logits = logits.unflatten(1, (-1, last - first))
             if self.softcap:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
-            later = at[:last] > at[first:last, None]
-            yield pad(logits.masked_fill(later, -torch.inf).softmax(-1), (0, n - last))
+            later = torch.ones(last - first, last - first, dtype=torch.bool, device=keys.device)
+            logits[..., first:].masked_fill_(later.triu(1), -torch.inf)
+            weights = logits.softmax(-1)
+            yield pad(weights, (0, n - last)) if last < n else weights
+
+    def looked(self, window: int) -> Tensor:
+        """[H, G, window, T - window] in fp32: weights that the last queries give what is before."""
+        first = self.tokens - window
+        each = [w[..., :first] for w in self.weights(first, self.tokens)]
+        return each[0] if len(each) == 1 else torch.cat(each, 2)
 
     @cached_property
     def rates(self) -> Tensor:

@@ -55,10 +55,10 @@ class Cake(Sized):
     across: ClassVar[bool] = True
 
     def measure(self, x: Prompt) -> float:
-        first = x.tokens - min(self.window, x.tokens)
-        if not first:
+        window = min(self.window, x.tokens)
+        if window == x.tokens:
             return 1.0
-        w = torch.cat([w[..., :first] for w in x.weights(first, x.tokens)], 2).mean((0, 1))
+        w = x.looked(window).mean((0, 1))
         mean = w.mean(0)
         entropy = -(mean * mean.clamp(min=1e-10).log()).sum()
         return float(entropy ** (1 / self.t1) * w.var(0, correction=0).sum() ** (1 / self.t2))

@@ -52,10 +52,9 @@ class Window:
 
     def prompt(self, x: Prompt) -> Tensor:
         window = window_of(x, self.window)
-        first = x.tokens - window
-        w = torch.cat([w[..., :first] for w in x.weights(first, x.tokens)], 2)
+        w = x.looked(window)
         if self.visible:
-            seen = torch.arange(first, x.tokens, device=w.device, dtype=w.dtype)
+            seen = torch.arange(x.tokens - window, x.tokens, device=w.device, dtype=w.dtype)
             w = w * seen[:, None]
         s = w.mean(2)
         if self.gamma:

@@ -183,9 +183,9 @@ class Redundant:
     needs: ClassVar[tuple[str, ...]] = ()
 
     def prompt(self, x: Prompt) -> Tensor:
-        first = x.tokens - min(self.window, x.tokens)
-        w = torch.cat([w[..., :first] for w in x.weights(first, x.tokens)], 2)
-        weight = pooled(w.mean(2).amax(1), self.kernel, "max")
+        window = min(self.window, x.tokens)
+        first = x.tokens - window
+        weight = pooled(x.looked(window).mean(2).amax(1), self.kernel, "max")
         final = self.mix * weight - (1 - self.mix) * redundancy(x.keys, self.alike)[:, :first]
         out = torch.full((x.heads, x.tokens), torch.inf, device=x.k.device)
         out[:, :first] = final

@@ -4,8 +4,8 @@ import selection_references as refs
 import torch
 from pytest import mark
 
-import kvcompile.kernels.select  # noqa: F401  # the ops' bodies
 from kvcompile.ir import KEEP, SCORE
+from kvcompile.kernels.select import largest
 from kvcompile.passes.select import rule_of
 from kvcompile.plan import plan
 
@@ -132,6 +132,18 @@ def test_short_prompts_are_safe(recipe, tokens):
             assert 1 <= len(head) <= tokens and max(head) < tokens
             if "window" in recipe:
                 assert tokens - 1 in head
+
+
+def test_of_equal_scores_the_earlier_token_stays():
+    g = torch.Generator().manual_seed(0)
+    for tokens in (1, 2, 30):
+        scores = torch.randint(-2, 3, (tokens,), generator=g).float()
+        scores[::7] = torch.inf
+        scores[3::7] = -torch.inf
+        order = sorted(range(tokens), key=lambda t: (-scores[t], t))
+        for n in range(1, tokens + 1):
+            assert largest(scores, n).tolist() == sorted(order[:n])
+    assert largest(torch.empty(0), 0).tolist() == []
 
 
 def test_the_question_is_the_window():

@@ -172,7 +172,11 @@ def test_what_falls_back_on_a_gpu(monkeypatch):
     assert kernel_table.kernels(program, ["cuda:80", "hip:gfx942"]).missing == [
         "layers 0-1: no kernel for kvc.attend: keys are rebuilt at read, for which there is no "
         "Triton kernel"]
-    assert not kernel_table.fallbacks(program.lower("kivi(bits=4)"))
+    for quick in ("kivi(bits=4)", "h2o(budget=64)"):
+        assert not kernel_table.fallbacks(program.lower(quick))
+    [told] = kernel_table.fallbacks(program.lower("r-kv(budget=64)"))
+    assert told.endswith("kvc.evict waits for the device, so that no CUDA graph holds the step: "
+                         "redundant reads keys or a list of ids")
 
 
 @needs_triton

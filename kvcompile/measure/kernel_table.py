@@ -12,6 +12,7 @@ from rich.table import Table
 from kvcompile.backend import gpu, offline
 from kvcompile.errors import KVCompileError
 from kvcompile.ir import APPEND, ATTEND
+from kvcompile.kernels import evict
 from kvcompile.method import methods
 from kvcompile.plan import runs
 from kvcompile.program import Program
@@ -19,8 +20,7 @@ from kvcompile.registry import module
 from kvcompile.show import as_text
 from kvcompile.site import Site
 
-EVICTS = ("kvc.evict waits for the device to learn which heads are full, so that no CUDA graph "
-          "holds the step")
+EVICTS = "kvc.evict waits for the device, so that no CUDA graph holds the step"
 COLUMNS = ("registers", "spills", "local", "shared", "code_load", "mma")
 
 
@@ -76,8 +76,9 @@ def fallbacks(program: Program) -> list[str]:
             if why and (op is ATTEND or site.owner is None):
                 name = op._schema.name.replace("::", ".")
                 found.setdefault(f"{name} runs its plain body: {why}", []).append(site.layer)
-        if site.rule and site.store.slots and site.leads:
-            found.setdefault(EVICTS, []).append(site.layer)
+        if site.rule and site.store.slots and site.leads and (
+                why := evict.waiting(site.store, [site.rule], 1)):
+            found.setdefault(f"{EVICTS}: {why}", []).append(site.layer)
     return [f"{runs(layers)} on a GPU: {why}" for why, layers in found.items()]
 
 
