@@ -1,5 +1,7 @@
 """heads: kv heads put into groups, exactly, and merged into one."""
 
+from functools import cache
+
 import pytest
 import torch
 from support import prompt
@@ -104,11 +106,16 @@ def hidden(turned):
     return change
 
 
+@cache
+def planted(turned):
+    return kvcompile.capture(made("llama", hidden(turned)))
+
+
 @pytest.mark.parametrize("recipe, turned", [
     ("gqa(group=cosine)", False), ("gqa(group=cosine, align=true)", True),
     ("gqa(group=cka, align=true)", True)])
 def test_heads_that_are_one_are_found_and_merged_exactly(recipe, turned):
-    base = kvcompile.capture(made("llama", hidden(turned)))
+    base = planted(turned)
     program = base.lower(recipe, calibration=prompt(64, 2, seed=3))
     ids = prompt(40, batch=2)
     want, got = logits(base, ids), logits(program, ids)

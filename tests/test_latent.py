@@ -1,5 +1,7 @@
 """mha2mla and slim: what lets K and V be absorbed that a rotation or a second weight kept apart."""
 
+from functools import cache
+
 import pytest
 import torch
 from support import prompt
@@ -19,6 +21,7 @@ EPS = torch.finfo(torch.float32).eps
 HEADS, DIM = 4, 16
 
 
+@cache
 def base(arch="llama", **options):
     return kvcompile.capture(tiny(arch, num_hidden_layers=2, **options))
 
