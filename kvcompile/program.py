@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, TextIO
 
 from torch import Tensor, nn
@@ -79,9 +80,18 @@ class Program:
                                  f"passes: {', '.join(self.snapshots)}")
         return Program(self.name, self.snapshots[name], self.recipe)
 
+    def begun(self) -> tuple[GraphModule, list[Pass]]:
+        """A graph to lower, and the passes to run over it: those that read no axis, and come before
+        all that do, are the same under every recipe, and have been run in a program of ours."""
+        same = [p.name for p in takewhile(lambda p: not p.axes, passes())]
+        done = [name for name in same if name in self.snapshots]
+        last = done[-1] if done else "capture"
+        return copy_graph(self.snapshots[last]), [p for p in passes() if p.name not in done]
+
     def lower(self, recipe: str | Recipe, watch: Callable | None = None,
               calibration: Tensor | None = None, tokenizer: Any = None) -> "Program":
-        """This program under a recipe: all passes over the graph as it was captured.
+        """This program under a recipe: all passes over the graph as it was captured. What the first
+        ones do under every recipe is not done again.
 
         `watch(pass, graph, outcomes, seconds)` is called after each pass. `calibration` is token
         ids for methods that look at text first, `tokenizer` tells methods that know classes of
@@ -94,9 +104,13 @@ class Program:
                 else Text(self, checked(calibration)))
         start.meta["text"] = text  # what is lowered later reads it too
         recipe = calibrated(Recipe.parse(recipe), self, text)
-        out = Program(self.name, copy_graph(start), recipe, snapshots={"capture": start},
-                      seconds={"capture": self.seconds["capture"]})
-        out.graph_module.meta["text"] = text
+        gm, rest = self.begun()
+        gm.meta.update(start.meta)
+        out = Program(self.name, gm, recipe)
+        known = ["capture", *(p.name for p in passes() if p not in rest)]
+        for mine, theirs in ((out.outcomes, self.outcomes), (out.seconds, self.seconds),
+                             (out.snapshots, self.snapshots)):
+            mine.update({name: theirs[name] for name in known if name in theirs})
         settings = plan(recipe, len(attention_nodes(start.graph)))
         check_axes(settings)
 
@@ -108,7 +122,10 @@ class Program:
             if watch:
                 watch(p, gm, outcomes, seconds)
 
-        run_passes(passes(), out.graph_module, settings, record)
+        for p in passes():
+            if watch and p not in rest:
+                watch(p, out.snapshots[p.name], out.outcomes[p.name], out.seconds[p.name])
+        run_passes(rest, gm, settings, record)
         for phase, p in phases().items():
             gm = copy_graph(out.graph_module)
             run_passes([p], gm, settings, record)

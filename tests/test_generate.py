@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support import EVERY, greedy, needs_smollm2, optimized, plain, prompt
+from support import EVERY, greedy, optimized, plain, prompt
 from transformers import LlamaForCausalLM, PreTrainedModel, TextStreamer
 
 import kvcompile
@@ -185,19 +185,6 @@ def test_holes_and_right_padding_in_the_mask():
     for row in range(2):
         assert (got.logits[row, mask[row].bool()] - want[row][0]).abs().max() <= 1e-4
     assert got.past_key_values.stored_tokens(0).tolist() == [[30, 30], [30, 30]]
-
-
-@needs_smollm2
-def test_text_generation_pipeline():
-    from transformers import pipeline
-
-    from kvcompile.models.smollm2 import smollm2
-
-    model, tokenizer = smollm2(torch.float32)
-    ours = kvcompile.optimize(model, "full", compile=False)
-    pipe = pipeline("text-generation", model=ours, tokenizer=tokenizer)
-    text = pipe("The capital of France is", max_new_tokens=8, do_sample=False)[0]["generated_text"]
-    assert "Paris" in text
 
 
 def test_assisted_decoding_equals_greedy():

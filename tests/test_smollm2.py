@@ -33,6 +33,15 @@ def test_capture_leaves_the_model_alone_and_full_is_exact():
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
+def test_text_generation_pipeline():
+    from transformers import pipeline
+
+    _, ours, tokenizer = models(torch.float32)
+    pipe = pipeline("text-generation", model=ours, tokenizer=tokenizer)
+    text = pipe("The capital of France is", max_new_tokens=8, do_sample=False)[0]["generated_text"]
+    assert "Paris" in text
+
+
 @pytest.mark.parametrize(("recipe", "factor"), [
     ("kivi(bits=4)", 2.8), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
         ("kivi(bits=2)", 4.4), ("kivi(bits=4, group=64)", 3.05), ("int8", 1.7), ("fp8", 1.9),

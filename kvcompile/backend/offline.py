@@ -22,7 +22,7 @@ from kvcompile.store import Store
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
-            torch.uint8: "*u8", torch.int8: "*i8", torch.int32: "*i32"}
+            torch.uint8: "*u8", torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32"}
 STRIDES = re.compile("[qkv]_(layer|row|head|token)$")
 
 

@@ -19,7 +19,7 @@ from kvcompile.planes import Group
 from kvcompile.program import Program, capture
 from kvcompile.recipe import Recipe, Term
 from kvcompile.registry import module
-from kvcompile.rewrite import copy_graph, passes, run_passes
+from kvcompile.rewrite import run_passes
 from kvcompile.site import Site, sites
 from kvcompile.store import SIDES, Store
 from kvcompile.testing.law import law
@@ -46,8 +46,8 @@ def text() -> Tensor:
 def sites_of(recipe: str) -> tuple[Site, ...]:
     """What the passes make of the layers of `base`."""
     found = calibrated(Recipe.parse(recipe), base(), text())
-    gm = copy_graph(base().snapshots["capture"])
-    run_passes(passes(), gm, plan(found, LAYERS))
+    gm, rest = base().begun()
+    run_passes(rest, gm, plan(found, LAYERS))
     return sites(gm.graph)
 
 
