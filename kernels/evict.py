@@ -14,13 +14,13 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from kvcompile.format import PAGE
+from kvcompile.format import PAGE, StepPlane
 from kvcompile.format import Side as SideName
 from kvcompile.ir import body
 from kvcompile.kernels import pages
 from kvcompile.kernels.rest import fold
 from kvcompile.rule import Rule
-from kvcompile.store import SIDES, Store
+from kvcompile.store import SIDES, SLOTS, Store
 
 LAST = torch.iinfo(torch.int32).max  # a position that no token has
 
@@ -100,18 +100,35 @@ def run(planes: list[Tensor], mass: list[Tensor], k: list[Tensor], v: list[Tenso
     if waits and not bool(valid.any()):
         return
     parsed, dims, dtype = Store.parse(store), (k[0].shape[-1], v[0].shape[-1]), k[0].dtype
-    given, rest = [Rule.parse(r) for r in rules], list(mass)
-    alike = [(str(r.score), r.every, r.sinks, r.recent,
-              hasattr(r.budgeter, "below") and str(r.budget)) for r in given]
-    for _, run in groupby(range(len(given)), key=alike.__getitem__):
-        own = [*run]
-        rule, layers = given[own[0]], slice(slots[own[0]], slots[own[-1]] + 1)
+    rest = list(mass)
+    for own in alike(rules):
+        rule, layers = Rule.parse(rules[own[0]]), slice(slots[own[0]], slots[own[-1]] + 1)
         seen, rest = (rest[: len(own)], rest[len(own):]) if rule.observes else ([], rest)
         heads = heads_of(parsed, dims, dtype, planes, layers, waits)
         new = _note(heads, rule, seen, torch.stack([k[i] for i in own]), positions, valid, group,
                     ids)
         if new is not None:
             drop(heads, rule, new, dims, dtype, k[0].shape[1], mover or move)
+
+
+def alike(rules: Sequence[str]) -> list[list[int]]:
+    """Runs of neighbouring layers whose tokens are dropped alike."""
+    keys = [(str(r.score), r.every, r.sinks, r.recent,
+             hasattr(r.budgeter, "below") and str(r.budget)) for r in map(Rule.parse, rules)]
+    return [[*run] for _, run in groupby(range(len(keys)), key=keys.__getitem__)]
+
+
+def tables(store: Store, dims: tuple[int, int], dtype: torch.dtype
+           ) -> dict[str, dict[str, StepPlane]]:
+    """Page tables -> the planes whose pages they name, by the names that `Store.planes` gives."""
+    found = {}
+    for side, dim in zip(SIDES, dims, strict=True):
+        for tier in store.tiers(side):
+            planes = store.format(side, tier).planes(dim, dtype, side)
+            found[f"{side}.{tier}.table"] = {f"{side}.{tier}.{n}": p for n, p in planes.items()}
+    known = {spec.name: StepPlane(spec.dtype, ()) for spec in store.planes(dims, dtype)
+             if spec.name.startswith(f"{SLOTS}.") and spec.shape}
+    return {**found, f"{SLOTS}.all.table": known}
 
 
 def _note(heads: Heads, rule: Rule, mass: list[Tensor], k: Tensor, positions: Tensor,

@@ -12,10 +12,10 @@ from math import prod
 import torch
 
 from kvcompile.errors import RecipeError
-from kvcompile.format import PAGE, StepPlane
+from kvcompile.format import PAGE
 from kvcompile.kernels import triton_source as ts
-from kvcompile.kernels.evict import movable
-from kvcompile.store import SIDES, SLOTS, Store
+from kvcompile.kernels.evict import movable, tables
+from kvcompile.store import Store
 
 TOKENS = 16
 
@@ -32,19 +32,6 @@ def unsupported(store: Store) -> str | None:
 def name(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> str:
     """A name of its own for every kernel."""
     return "move_" + sha256(repr((str(store), dims, dtype)).encode()).hexdigest()[:12]
-
-
-def tables(store: Store, dims: tuple[int, int], dtype: torch.dtype
-           ) -> dict[str, dict[str, StepPlane]]:
-    """Page tables -> the planes whose pages they name, by the names that `Store.planes` gives."""
-    found = {}
-    for side, dim in zip(SIDES, dims, strict=True):
-        for tier in store.tiers(side):
-            planes = store.format(side, tier).planes(dim, dtype, side)
-            found[f"{side}.{tier}.table"] = {f"{side}.{tier}.{n}": p for n, p in planes.items()}
-    known = {spec.name: StepPlane(spec.dtype, ()) for spec in store.planes(dims, dtype)
-             if spec.name.startswith(f"{SLOTS}.") and spec.shape}
-    return {**found, f"{SLOTS}.all.table": known}
 
 
 def arguments(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> list[str]:

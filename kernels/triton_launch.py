@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompile.kernels import triton_append, triton_attend, triton_evict, triton_tune
+from kvcompile.kernels import evict, triton_append, triton_attend, triton_evict, triton_tune
 from kvcompile.kernels.triton_attend_shape import Tile
 from kvcompile.kernels.triton_source import WIDEST, helpers, kernel, padded, parameters
 from kvcompile.store import Store
@@ -108,7 +108,7 @@ def move(heads: Any, dims: tuple[int, int], dtype: torch.dtype, sources: Tensor)
     """As kernels.evict.move: tokens take the places of those that were dropped."""
     store, (rows, slots) = heads.store, sources.shape
     given = [sources.contiguous(), slots]
-    for table, planes in triton_evict.tables(store, dims, dtype).items():
+    for table, planes in evict.tables(store, dims, dtype).items():
         given += [heads.named[table], heads.named[table].shape[1],
                   *(heads.named[plane] for plane in planes)]
     run = kernel(triton_evict.source(store, dims, dtype), triton_evict.name(store, dims, dtype))

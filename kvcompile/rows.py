@@ -61,12 +61,13 @@ def kernel_of(site: Site) -> tuple[str, str]:
 
 def fused(site: Site) -> dict[str, str]:
     """For the ops of `site` that have no fused kernel on the CPU, the reason."""
-    attend, append = module("kernels", "cpp_attend"), module("kernels", "cpp_append")
+    attend, append, evict = (module("kernels", f"cpp_{op}") for op in ("attend", "append", "evict"))
     shape = attend.Shape(site.heads, site.q_heads // site.heads, site.dims, site.dtype, 1.0,
                          site.window)
     found = {"attend": attend.unsupported(site.layout, shape),
              "append": append.unsupported(site.layout, site.dims, site.dtype),
-             "evict": "there is no kernel for it" if site.store.slots else ""}
+             "evict": site.rule and site.store.slots and evict.unsupported(site.layout,
+                                                                           [site.rule])}
     return {op: reason for op, reason in found.items() if reason}
 
 

@@ -31,7 +31,9 @@ class Scorer(Protocol):
 
     One that scores the tokens that follow a prompt has `arrive(keys, positions, ids)`, or
     `observe` where scores change with what each step attends to; a true attribute `adds` says that
-    what several queries give may be added up first.
+    what several queries give may be added up first. `cpp`, if there is one, is the same in C++: a
+    token's score of `position` where it arrives, or of `score`, `mass`, `fresh` (it is the step's
+    own) and `held` (how many tokens got some of the mass, a float), for the kernel of kvc.evict.
     """
 
     name: ClassVar[str]

@@ -193,17 +193,25 @@ class Absorber(Writer):
             for at, n, x in spans:
                 right = 0 if x is not spans[-1][2] else width - at - n
                 if at > end or right:
-                    x = self.call(aten.constant_pad_nd.default, x, [at - end, right])
+                    x = self.padded(x, at - end, right)
                 out.append(x)
                 end = at + n
             return out[0] if len(out) == 1 else self.call(aten.cat.default, out, -1)
         total = None
         for at, n, x in spans:
             if n < width:
-                x = self.call(aten.constant_pad_nd.default, x, [at, width - at - n])
+                x = self.padded(x, at, width - at - n)
             total = x if total is None else self.call(aten.add.Tensor, total, x)
         assert total is not None
         return total
+
+    def padded(self, x: Node, left: int, right: int) -> Node:
+        """x with zeros around its last dim. The op's own body makes symbolic sizes constant."""
+        node = self.gm.graph.call_function(aten.constant_pad_nd.default, (x, [left, right]))
+        val = x.meta["val"]
+        node.meta = {**self.like.meta,
+                     "val": val.new_empty((*val.shape[:-1], int(val.shape[-1]) + left + right))}
+        return node
 
     def by_head(self, x: Node, weight: Node) -> Node:
         """x [B, Hq, S, d], weight [H, d, n] -> [B, Hq, S, n]."""

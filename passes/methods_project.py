@@ -9,15 +9,63 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from kvcompile.calibration.fisher import fisher, shares
+from kvcompile.calibration.samples import Samples
+from kvcompile.errors import RecipeError
+from kvcompile.ir import attention_nodes
 from kvcompile.method import Axes, Method, Param
-from kvcompile.passes.methods import by_token, groups, residual
+from kvcompile.passes.targets import Target, target
+from kvcompile.recipe import Term
+from kvcompile.store import SIDES
 
 
-def _palu(p: Mapping[str, Any]) -> Axes:
+def _palu(p: Mapping[str, Any]) -> Axes | list[Axes]:
+    if p["energy"] is not None and p["ranks"] != ():
+        raise RecipeError("energy= and ranks= both say how much layers keep: give one of them")
     axes = {"rank.heads": p["heads"], "rank.k": p["ratio"], "rank.v": p["ratio"],
             "rank.text": p["whiten"], "rank.rotate": p["hadamard"], "rank.multiple": p["multiple"],
             "recompute": "rope"}
-    return axes if p["energy"] is None else {**axes, "rank.energy": p["energy"]}
+    if p["energy"] is not None:
+        axes["rank.energy"] = p["energy"]
+    return _by_layer(axes, p)
+
+
+def _recalkv(p: Mapping[str, Any]) -> Axes | list[Axes]:
+    return _by_layer({
+        "heads.group": p["heads"], "heads.by": "cka", "rank.heads": p["heads"],
+        "rank.heads.v": WHOLE, "rank.k": p["ratio"], "rank.v": p["ratio"], "rank.text": True,
+        "rank.multiple": p["multiple"], "recompute": "rope"}, p)
+
+
+def _matryoshka(p: Mapping[str, Any]) -> Axes | list[Axes]:
+    return _by_layer({
+        "rank.heads": 1, "rank.k": p["ratio"], "rank.v": p["ratio"], "rank.text": True,
+        "rank.after": True, "rank.multiple": p["multiple"]}, p)
+
+
+def _by_layer(axes: Axes, p: Mapping[str, Any]) -> Axes | list[Axes]:
+    """`axes`, with K's and V's ranks of each claimed layer where there are any."""
+    ranks = p["ranks"] or ()
+    if not ranks:
+        return axes
+    if any(not isinstance(own, tuple) or len(own) != 2 or not all(
+            type(x) in (int, float) and 0 < x <= 1 for x in own) for own in ranks):
+        raise RecipeError(f"{Term('ranks', (('of', ranks),))}: must be a list of [K, V], the "
+                          "fractions of its channels that each claimed layer keeps")
+    return [{**axes, "rank.k": float(k), "rank.v": float(v)} for k, v in ranks]
+
+
+def _by_fisher(p: Mapping[str, Any], samples: Samples) -> Axes:
+    """Fractions of K's and V's channels in proportion to the projections' Fisher information."""
+    gm = samples.under("full").gm
+    nodes = attention_nodes(gm.graph)
+    found = {(i, side): target(gm, nodes[i], side, i) for i in samples.layers for side in SIDES}
+    targets = {key: t for key, t in found.items() if isinstance(t, Target)}
+    known = fisher(gm, samples.ids, {key: t.linear for key, t in targets.items()})
+    sizes = [t.linear.rows.numel() for t in targets.values()]
+    kept = dict(zip(targets, shares(list(known.values()), sizes, p["ratio"]), strict=True))
+    return {"ranks": tuple(tuple(max(0.01, round(kept.get((i, side), 1.0), 4)) for side in SIDES)
+                           for i in samples.layers)}
 
 
 def _lorc(p: Mapping[str, Any]) -> Axes:
@@ -30,13 +78,10 @@ def _joint(p: Mapping[str, Any]) -> Axes:
             "rank.text": p["whiten"], "rank.multiple": p["multiple"], "recompute": "rope"}
 
 
-def _xquant(p: Mapping[str, Any]) -> Axes:
-    text = f"int(bits={p['bits']}, axis=token, group={p['group']})"
-    return {"recompute": "hidden", **by_token(text, p["residual"])}
-
-
 WHOLE = 1 << 16  # more kv heads than a layer has
 MULTIPLE = Param("multiple", 16, choices=(1, 2, 4, 8, 16, 32, 64), help="ranks are multiples")
+RANKS = Param("ranks", (), calibrated=True, help="[K, V] of each claimed layer: the fractions of "
+              "its channels that it keeps instead of ratio; `calibrated`: by Fisher information")
 WHITEN = Param("whiten", True, help="nearest on the calibration text, not in the weights")
 
 METHODS = (
@@ -51,13 +96,52 @@ METHODS = (
             Param("heads", 4, minimum=1, help="kv heads that are factored together (G-LRD)"),
             Param("energy", None, minimum=0.01, maximum=1.0, help="instead of ratio: the share of "
                   "the outputs' squares that every layer keeps"),
+            RANKS,
             WHITEN,
             Param("hadamard", False, help="latents turned by a Hadamard matrix, for quantization"),
             MULTIPLE,
         ),
         axes=_palu,
-        note="one rank for all layers (or one energy) instead of the paper's search by Fisher "
-        "information; kv heads are grouped by as many as divide them",
+        calibrate=_by_fisher,
+        note="one rank for all layers, one energy, or ranks=calibrated: the paper's, in proportion "
+        "to the Fisher information of each layer's W_k and W_v and the same for all groups of a "
+        "layer; kv heads are grouped by as many as divide them",
+    ),
+    Method(
+        name="recalkv",
+        title="ReCalKV",
+        paper="arXiv:2505.24357",
+        family="low rank",
+        params=(
+            Param("ratio", 0.5, minimum=0.01, maximum=1.0, help="ranks as the kept fraction of "
+                  "K's groups' and V's channels"),
+            Param("heads", 4, minimum=1, help="kv heads whose K is factored together"),
+            RANKS,
+            MULTIPLE,
+        ),
+        axes=_recalkv,
+        calibrate=_by_fisher,
+        note="heads with similar K, by linear CKA, are put into one group by reordering the "
+        "weights, exactly; V's heads are factored together, whitened by the text, which is where "
+        "the paper's alternating calibration of V's factors ends; W_o absorbs V's second factor",
+    ),
+    Method(
+        name="matryoshkakv",
+        title="MatryoshkaKV",
+        paper="arXiv:2410.14731",
+        family="low rank",
+        params=(
+            Param("ratio", 0.5, minimum=0.01, maximum=1.0, help="channels of each head that are "
+                  "kept of its principal ones"),
+            RANKS,
+            MULTIPLE,
+        ),
+        axes=_matryoshka,
+        calibrate=_by_fisher,
+        note="the orthogonal projections of each head that the paper's training starts from: "
+        "principal components of rotated K and of V on a text; q and W_o absorb them. Not trained, "
+        "one rank for the heads of a layer, and ranks=calibrated is by Fisher information instead "
+        "of the paper's greedy search",
     ),
     Method(
         name="lorc",
@@ -88,20 +172,6 @@ METHODS = (
         axes=_joint,
         note="MHA2MLA's joint SVD of K's and V's weights, balanced as TransMLA's; the rotation is "
         "kept whole and keys are rebuilt at read, where the papers rotate a part of them and "
-        "fine-tune",
-    ),
-    Method(
-        name="xquant",
-        title="XQuant",
-        paper="arXiv:2508.10395",
-        family="low rank",
-        params=(
-            Param("bits", 4, choices=(2, 4, 8), help="bits of a stored number"),
-            groups("channels of a token"),
-            residual(default=0),
-        ),
-        axes=_xquant,
-        note="what K and V are projected from is cached, once for both, where it is narrower than "
-        "they are together (not with few kv heads, for which the paper factors the projections)",
+        "fine-tune (mha2mla)",
     ),
 )

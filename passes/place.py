@@ -7,8 +7,8 @@ the recipe stores them, over all layers at once. By default only what q and W_o 
 computed again at read: linears between the cached tensors and K or V. So multi-head latent
 attention caches its latent and one rotary key, and a factored projection its latent, whatever the
 model is called. The axis `recompute` allows more: `rope` rebuilds keys at read, `turned` does not
-cache keys that are rotated already, and `hidden` caches tensors that queries are made of as well.
-K and V that are the cheapest cut stay as they are.
+cache keys that are rotated already, `hidden` caches tensors that queries are made of as well, and
+`keys` makes V of K (`passes/slim.py`). K and V that are the cheapest cut stay as they are.
 """
 
 from collections.abc import Sequence
@@ -30,8 +30,9 @@ from kvcompile.structure.layout import Layout, Made, lay, linear_input, made_of
 from kvcompile.structure.movement import CASTS, feeds, moves, packet
 from kvcompile.structure.sources import is_linear
 
-AGAIN = ("rope", "hidden")  # under which whatever is rotated may be rotated at read
-CHOICES = ("absorbed", "rope", "turned", "hidden")
+AGAIN = ("rope", "hidden", "keys")  # under which whatever is rotated may be rotated at read
+CHOICES = ("absorbed", "rope", "turned", "hidden", "keys")
+UNBOUND = ("hidden", "keys")  # at the cost of any number of multiplications
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Place:
     """attention(q, W_k z, W_v z) -> W_v attention(q W_k, z, z), where z takes fewer bits.
 
     `work` bounds the multiplications at read, at most this many times those of K and V, unless a
-    recipe asks for hidden states.
+    recipe asks for hidden states or for V from K.
     """
 
     work: float = 24.0
@@ -101,7 +102,7 @@ class Place:
         after = float(sum(dims))
         if k.rope is not None:
             after = k.dim + dims[0] * k.heads / region.heads + dims[1]
-        if after > self.work * before and region.choice != "hidden":
+        if after > self.work * before and region.choice not in UNBOUND:
             return (f"reading them takes {after / before:.0f} times the multiplications of K and "
                     f"V, more than {self.work:g}")
         return ""

@@ -8,7 +8,7 @@ stay as they are. What is cached is not decided here: `place` finds the latents 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,47 +17,42 @@ from torch.fx import GraphModule, Interpreter, Node
 from kvcompile.calibration.factor import factor, rank_of, spectrum
 from kvcompile.errors import RecipeError
 from kvcompile.ir import argument, attention_nodes
+from kvcompile.passes.targets import Target, per_token, target, whole
 from kvcompile.plan import LayerPlan
 from kvcompile.rewrite import Outcome, Refused, Rewritten
 from kvcompile.store import SIDES
-from kvcompile.structure.movement import CASTS, feeds, moves, packet
-from kvcompile.structure.sources import Linear, sources
 from kvcompile.structure.writer import Writer
 
 aten = torch.ops.aten
-
-
-class Target(NamedTuple):
-    """A projection that can be factored: where its heads are [B, H, S, D], and its weight."""
-
-    node: Node
-    linear: Linear
-    weight: Tensor       # [H * D, in]
-    bias: Tensor | None  # [H * D]
 
 
 @dataclass(frozen=True)
 class Project:
     """linear(x, W) -> linear(linear(x, A), B), rank by rank as the axes `rank.*` say.
 
-    rank.heads    kv heads that are factored together
-    rank.k, .v    a rank (a whole number), or the fraction of the group's channels
+    rank.heads    kv heads that are factored together; rank.heads.v: those of V
+    rank.k, .v    a rank (a whole number), the fraction of the group's channels, or `head`: as many
+                  as one head has
     rank.energy   instead: the share of the outputs' squares that is kept
     rank.least    layers get fractions from rank.k and rank.v down to this one (`progressive`)
     rank.joint    whether K and V of a group share one latent; its rank is a fraction of both
     rank.multiple ranks are multiples of this many
     rank.text     whether W is whitened by what the calibration text makes of it
     rank.rotate   whether latents are turned by a Hadamard matrix
+    rank.after    whether K is factored as attention is given it, after its rotation, instead of
+                  its weight: K_g = U_g U_g^T K_g, and q absorbs U_g
     """
 
     name: ClassVar[str] = "project"
     order: ClassVar[int] = 30
     axes: ClassVar[tuple[str, ...]] = tuple(f"rank.{x}" for x in (
-        "k", "v", "heads", "energy", "least", "joint", "multiple", "text", "rotate"))
+        "k", "v", "heads", "heads.v", "energy", "least", "joint", "multiple", "text", "rotate",
+        "after"))
 
     def run(self, gm: GraphModule, plan: Sequence[LayerPlan]) -> list[Outcome]:
         nodes = attention_nodes(gm.graph)
-        found = {(layer, side): _target(gm, nodes[layer], side, layer)
+        found = {(layer, side): (whole if own.get("rank.after") else target)(
+                     gm, nodes[layer], side, layer)
                  for layer, own in enumerate(plan) for side in SIDES
                  if own.get(f"rank.{side}") is not None}
         targets = {key: t for key, t in found.items() if isinstance(t, Target)}
@@ -101,37 +96,8 @@ def progressive(weights: Sequence[Sequence[Tensor]]) -> list[float]:
     return [(max(sums) - x) / span if span else 0.0 for x in sums]
 
 
-def _target(gm: GraphModule, node: Node, side: str, layer: int) -> Target | Refused | None:
-    """What makes K or V of one layer; None if it has been factored already."""
-    own = argument(node, side)
-    found = sources(own, layer)
-    if isinstance(found, Refused):
-        return Refused(layer, f"{side}: {found.reason}", found.node)
-    if len(found.linears) > 1 or found.linears[0].below:
-        made = all(x.weight.startswith(f"layer{layer}_{side}_up") for x in found.linears)
-        return None if made else Refused(layer, f"{side} comes from several projections, a latent "
-                                         "perhaps", found.linears[0].node.name)
-    (linear,) = found.linears
-    if linear.norms:
-        return Refused(layer, f"{side}: a norm stands between the projection and attention",
-                       linear.norms[0].node.name)
-    at, turned = own, linear.rope
-    while at is not turned and turned is not None:
-        if not moves(at) and packet(at) not in CASTS or len(feeds(at)) != 1 or (
-                at.meta["val"].shape != feeds(at)[0].meta["val"].shape):
-            return Refused(layer, f"{side} is not one rotation of its projection", at.name)
-        at = feeds(at)[0]
-    if turned is not None:
-        at = argument(turned, "x")
-    rows = linear.rows.flatten()
-    write = Writer(gm, own)
-    weight, bias = write.tensor(linear.weight), linear.bias and write.tensor(linear.bias)
-    weight = (weight.t() if linear.transposed else weight)[rows.to(weight.device)]
-    return Target(at, linear, weight, None if not isinstance(bias, Tensor) else bias[rows])
-
-
 def _rewrite(gm: GraphModule, layer: int, sides: dict[str, Target], plan: LayerPlan,
-             wanted: float | int, inputs: Tensor | None, positions: Node) -> Outcome:
+             wanted: float | int | str, inputs: Tensor | None, positions: Node) -> Outcome:
     """linear(x, W) -> for each group linear(linear(x, A_g), B_g), side by side.
 
     Two sides have one A_g. V is then scaled to K's size before, and back in its B_g, as neither's
@@ -139,10 +105,11 @@ def _rewrite(gm: GraphModule, layer: int, sides: dict[str, Target], plan: LayerP
     """
     first = next(iter(sides.values()))
     heads = first.linear.rows.shape[0]
-    asked: Any = plan.get("rank.heads")
+    asked: Any = plan.get(f"rank.heads.{next(iter(sides))}", plan.get("rank.heads"))
     energy, multiple = plan.get("rank.energy"), plan.get("rank.multiple", 1)
     per = next(n for n in range(min(asked, heads), 0, -1) if heads % n == 0)
     groups = heads // per
+    wanted = first.linear.rows.shape[1] if wanted == "head" else wanted
     weights = {s: t.weight.double().unflatten(0, (groups, -1)) for s, t in sides.items()}
     size = {s: _size(w, inputs) for s, w in weights.items()}
     scale = {s: size[next(iter(sides))] / size[s] for s in sides}
@@ -156,28 +123,31 @@ def _rewrite(gm: GraphModule, layer: int, sides: dict[str, Target], plan: LayerP
     rotate = bool(plan.get("rank.rotate", False))
     made = [factor(w, m, rank, rotate) for w, m in zip(both, moments, strict=True)]
     write, dtype = Writer(gm, first.node), first.weight.dtype
-    source, name = tuple(t.linear.weight for t in sides.values()), "".join(sides)
+    source = tuple(t.linear.weight for t in sides.values() if t.linear.weight)
+    name = "".join(sides)
+    users = {s: list(t.node.users) for s, t in sides.items()}
     with gm.graph.inserting_before(min(t.node for t in sides.values()).next):
         down = write.buffer(f"layer{layer}_{name}_down",
                             torch.cat([f.down for f in made]).to(dtype), source)
-        x = write.call(aten.linear.default, _tokens(write, first.linear.input, positions), down)
+        x = write.call(aten.linear.default, per_token(write, first.linear.input, positions), down)
         at = 0
-        for side, target in sides.items():
+        for side, t in sides.items():
             channels, parts = weights[side].shape[1], []
             for g, f in enumerate(made):
-                own = x if groups == 1 else write.call(
+                part = x if groups == 1 else write.call(
                     aten.slice.Tensor, x, -1, g * rank, (g + 1) * rank)
                 up = (f.up[at : at + channels] / scale[side]).to(dtype)
-                args = [own, write.buffer(f"layer{layer}_{side}_up{g}", up, source)]
-                if target.bias is not None:
-                    bias = target.bias.unflatten(0, (groups, -1))[g]
+                args = [part, write.buffer(f"layer{layer}_{side}_up{g}", up, source)]
+                if t.bias is not None:
+                    bias = t.bias.unflatten(0, (groups, -1))[g]
                     args.append(write.buffer(f"layer{layer}_{side}_bias{g}", bias,
-                                             (str(target.linear.bias),)))
+                                             (str(t.linear.bias),)))
                 parts.append(write.call(aten.linear.default, *args))
             out = parts[0] if groups == 1 else write.call(aten.cat.default, parts, -1)
-            out = write.call(aten.unflatten.int, out, -1, list(target.linear.rows.shape))
+            out = write.call(aten.unflatten.int, out, -1, list(t.linear.rows.shape))
             out = write.call(aten.transpose.int, out, 1, 2)
-            target.node.replace_all_uses_with(out)
+            for user in users[side]:
+                user.replace_input_with(t.node, out)
             at += channels
     kept = sum(f.kept for f in made) / len(made)
     return Rewritten(layer, f"{' and '.join(sides)} {groups} x rank {rank} of {both.shape[1]}, "
@@ -215,17 +185,10 @@ class _Second(Interpreter):
     def run_node(self, n: Node) -> Any:
         out = super().run_node(n)
         if n in self.nodes:
-            x = out.flatten(0, -2).double()
+            x = out.transpose(1, 2).flatten(2) if out.dim() == 4 else out  # K or V themselves
+            x = x.flatten(0, -2).double()
             self.found[n] = x.t() @ x / len(x)
         return out
-
-
-def _tokens(write: Writer, x: Node, positions: Node) -> Node:
-    """x as [B, S, in], where the model has all tokens in one dim."""
-    if x.meta["val"].dim() == 3:
-        return x
-    sizes = [write.call(aten.sym_size.int, positions, d) for d in (0, 1)]
-    return write.call(aten.reshape.default, x, [*sizes, -1])
 
 
 PASS = Project()

@@ -71,6 +71,7 @@ class Received:
 
     how: str = "sum"
     name: ClassVar[str] = "received"
+    cpp: ClassVar[str] = "fresh ? mass : score + mass"
     adds: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ()
 
@@ -93,6 +94,7 @@ class Last:
     """TOVA: the weight that the last query gives, mean over all heads; all keep the same."""
 
     name: ClassVar[str] = "last"
+    cpp: ClassVar[str] = "mass"
     needs: ClassVar[tuple[str, ...]] = ()
     shared: ClassVar[bool] = True
 
@@ -113,6 +115,7 @@ class Ignored:
 
     history: int = 400
     name: ClassVar[str] = "ignored"
+    cpp: ClassVar[str] = "(fresh ? 0.0f : score) - (mass < 1.0f / held ? 1.0f : 0.0f)"
     needs: ClassVar[tuple[str, ...]] = ()
 
     def prompt(self, x: Prompt) -> Tensor:

@@ -17,6 +17,7 @@ class Recency:
     """The newest tokens; with a rule's sinks StreamingLLM's choice."""
 
     name: ClassVar[str] = "recency"
+    cpp: ClassVar[str] = "(float)position"
     needs: ClassVar[tuple[str, ...]] = ()
 
     def prompt(self, x: Prompt) -> Tensor:

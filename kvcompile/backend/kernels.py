@@ -17,8 +17,8 @@ from kvcompile.backend.template import (
     threads,
     to_dtype,
 )
-from kvcompile.ir import APPEND, ATTEND, ATTENTION, LINEAR, STORABLE
-from kvcompile.kernels import cpp_append, cpp_attend, cpp_blockwise
+from kvcompile.ir import APPEND, ATTEND, ATTENTION, EVICT, LINEAR, STORABLE
+from kvcompile.kernels import cpp_append, cpp_attend, cpp_blockwise, cpp_evict
 from kvcompile.kernels import linear as linears
 from kvcompile.kernels.dense import CPP
 from kvcompile.store import Store
@@ -157,6 +157,25 @@ def append(planes: list[Any], k: list[Any], v: list[Any], positions: Any, valid:
            cpp_append.statements(parsed, dims, dtype, int(heads), slots, threads(),
                                  len(valid.get_size()) == 3), inputs, [1], torch.uint8,
            [f"plane{i}" for i in range(len(planes))])
+    return ()
+
+
+@lowering(EVICT, cpp_evict, *cpp_evict.FILES)
+def evict(planes: list[Any], mass: list[Any], k: list[Any], v: list[Any], positions: Any,
+          valid: Any, *, store: str, rules: list[str], slots: list[int], group: int = 1,
+          ids: Any = None) -> Any:
+    """One token a row."""
+    parsed, dims = Store.parse(store), tuple(int(x[0].get_size()[3]) for x in (k, v))
+    if (valid.get_device().type != "cpu" or not _equal(valid.get_size()[1], 1)
+            or cpp_evict.unsupported(parsed, rules)):
+        return None
+    inputs = {f"plane{i}": plane for i, plane in enumerate(planes)}
+    inputs |= {f"mass{i}": contiguous(x) for i, x in enumerate(mass)}
+    inputs |= {"positions": positions, "valid": contiguous(valid)}
+    kernel([*cpp_evict.headers()],
+           cpp_evict.statements(parsed, (dims[0], dims[1]), k[0].get_dtype(),
+                                int(k[0].get_size()[1]), rules, slots, group, threads()),
+           inputs, [1], torch.uint8, [f"plane{i}" for i in range(len(planes))])
     return ()
 
 

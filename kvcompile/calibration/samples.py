@@ -81,8 +81,8 @@ class Samples:
     def attention(self) -> list[Sample]:
         """q, K and V of each layer."""
         with torch.no_grad():
-            run = _Attention(self.gm)
-            run.run(*_inputs(self.ids, keep=1))
+            run = Reader(self.gm)
+            run.run(*inputs(self.ids, keep=1))
         return [run.samples[i] for i in self.layers]
 
     def hidden(self, recipe: str | Recipe) -> Tensor:
@@ -97,14 +97,14 @@ class Samples:
             gm.graph.eliminate_dead_code()
             gm.recompile()
         with torch.no_grad():
-            return gm(*_inputs(self.ids, keep=self.ids.shape[1]))
+            return gm(*inputs(self.ids, keep=self.ids.shape[1]))
 
     @cached_property
     def gradients(self) -> list[tuple[Tensor, Tensor]]:
         """For each layer, of K and of V: the gradient of the loss on the text's next tokens."""
         with torch.enable_grad():
-            run = _Attention(self.gm, grad=True)
-            logits = run.run(*_inputs(self.ids, keep=self.ids.shape[1]))[:, :-1]
+            run = Reader(self.gm, grad=True)
+            logits = run.run(*inputs(self.ids, keep=self.ids.shape[1]))[:, :-1]
             loss = cross_entropy(logits.flatten(0, 1).float(), self.ids[:, 1:].flatten(),
                                  reduction="sum")
             own = [x for i in self.layers for x in (run.samples[i].k, run.samples[i].v)]
@@ -112,14 +112,14 @@ class Samples:
         return list(zip(found[::2], found[1::2], strict=True))
 
 
-def _inputs(ids: Tensor, keep: int) -> tuple[Tensor, ...]:
+def inputs(ids: Tensor, keep: int) -> tuple[Tensor, ...]:
     """What the stateless graph is given to read `ids`, for results of the last `keep` tokens."""
     at = torch.arange(ids.shape[1], device=ids.device)
     return ids, at.expand(ids.shape[0], -1), torch.ones_like(ids, dtype=torch.bool), at[-keep:]
 
 
-class _Attention(Interpreter):
-    """Runs the stateless graph and keeps what its attention is given."""
+class Reader(Interpreter):
+    """Runs the stateless graph and keeps what its attention is given; gradients can flow."""
 
     def __init__(self, gm: GraphModule, grad: bool = False) -> None:
         super().__init__(gm)
