@@ -39,8 +39,8 @@ class Merge:
     def run(self, gm: GraphModule, plan: Sequence[LayerPlan]) -> list[Outcome]:
         nodes, known = attention_nodes(gm.graph), sites(gm.graph)
         outcomes: list[Outcome] = []
-        for members in dict.fromkeys(own.values["merge"] for own in plan if "merge" in own.values):
-            assert isinstance(members, tuple)
+        said = dict.fromkeys(own.values["merge"] for own in plan if "merge" in own.values)
+        for members in cast(list[tuple[int, ...]], list(said)):
             last = max(members)
             own = next(own for own in plan if own.get("merge") == members)
             if beyond := [i for i in members if not 0 <= i < len(nodes)]:
