@@ -106,11 +106,11 @@ class Program:
         recipe = calibrated(Recipe.parse(recipe), self, text)
         gm, rest = self.begun()
         gm.meta.update(start.meta)
-        out = Program(self.name, gm, recipe)
-        known = ["capture", *(p.name for p in passes() if p not in rest)]
-        for mine, theirs in ((out.outcomes, self.outcomes), (out.seconds, self.seconds),
-                             (out.snapshots, self.snapshots)):
-            mine.update({name: theirs[name] for name in known if name in theirs})
+        done = [p for p in passes() if p not in rest]
+        known = ["capture", *(p.name for p in done)]
+        out = Program(self.name, gm, recipe, outcomes={p.name: self.outcomes[p.name] for p in done},
+                      seconds={name: self.seconds[name] for name in known},
+                      snapshots={name: self.snapshots[name] for name in known})
         settings = plan(recipe, len(attention_nodes(start.graph)))
         check_axes(settings)
 
@@ -122,8 +122,8 @@ class Program:
             if watch:
                 watch(p, gm, outcomes, seconds)
 
-        for p in passes():
-            if watch and p not in rest:
+        for p in done:
+            if watch:
                 watch(p, out.snapshots[p.name], out.outcomes[p.name], out.seconds[p.name])
         run_passes(rest, gm, settings, record)
         for phase, p in phases().items():

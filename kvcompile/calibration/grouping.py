@@ -86,7 +86,8 @@ def _runs(alike: Tensor, size: int) -> list[int]:
     left, groups = list(range(len(alike))), list[list[int]]()
     while left:
         pairs = [(i, j) for n, i in enumerate(left) for j in left[n + 1 :]]
-        own = list(max(pairs, key=lambda pair: float(alike[pair[0], pair[1]])))
+        most = max(pairs, key=lambda pair: float(alike[pair[0], pair[1]]))
+        own = [*most]
         while len(own) < size:
             near = alike[:, own].sum(1).tolist()
             own.append(max((x for x in left if x not in own), key=near.__getitem__))
