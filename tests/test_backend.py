@@ -96,7 +96,8 @@ def test_another_cache_is_compiled_unchanged_with_one_warning(caplog):
     assert len(warnings) == 1 and "cache that is not a kvcompile.KVCache" in warnings[0]
 
 
-@pytest.mark.parametrize("how", ("model.compile", "CompileConfig"))
+@pytest.mark.parametrize("how", (
+    pytest.param("model.compile", marks=pytest.mark.slow), "CompileConfig"))
 def test_other_ways_to_ask_for_it(how):
     model = copy.deepcopy(plain(LLAMA))
     options = {}

@@ -36,9 +36,9 @@ def compiled(given: list[list], options: dict):
     return lambda given: run(*(x for xs in given for x in xs))
 
 
-@pytest.mark.parametrize("text", ["store(slots=true)", "store(k=int, v=int(bits=4), slots=true)",
-                                  pytest.param("store(k=fp8, v=nf4, slots=true)",
-                                               marks=pytest.mark.slow)])
+@pytest.mark.parametrize("text", ["store(k=int, v=int(bits=4), slots=true)", *(
+    pytest.param(text, marks=pytest.mark.slow)
+    for text in ("store(slots=true)", "store(k=fp8, v=nf4, slots=true)"))])
 def test_the_kernel_leaves_what_the_body_leaves(text):
     """Layers of all rules in one group; padding, ties, heads that lose many tokens at once."""
     store, g, ran = Store.parse(text), torch.Generator().manual_seed(0), Ran()

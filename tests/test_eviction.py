@@ -150,7 +150,7 @@ KIVI = ("store(k=int(bits=2, axis=channel), k_block={0}, v=int(bits=2, axis=toke
         "slots=true)")
 
 
-@pytest.mark.parametrize("residual", [32, 128])
+@pytest.mark.parametrize("residual", [32, pytest.param(128, marks=pytest.mark.slow)])
 def test_pages_leave_where_tokens_cannot_move(residual):
     """h2o+kivi: whole pages go, of the lowest mean score, and nothing is encoded a second time."""
     ours = Stepper("h2o(budget=256, recent=0.25)", KIVI.format(residual), 256)

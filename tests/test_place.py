@@ -16,7 +16,7 @@ from kvcompile.rows import bytes_per_token
 from kvcompile.site import sites
 
 GOLDEN = Path(__file__).parent / "golden"
-LATENT = ("deepseek_v2", "deepseek_v3")
+LATENT = ("deepseek_v2", pytest.param("deepseek_v3", marks=pytest.mark.slow))
 OTHERS = ("llama", "qwen3", "gpt2", "phi3", "gemma2", "gpt_oss")
 
 
