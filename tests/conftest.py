@@ -19,12 +19,14 @@ def pytest_addoption(parser):
                      "share of so many minutes (mark.share, default 1), and count examples")
 
 
-LONG = ("test_registered_triton.py", "test_triton.py", "test_registered_kernels.py")
+LONG = tuple(f"test_{name}.py" for name in (
+    "registered_kernels", "registered", "registered_triton", "triton", "exact", "compiled",
+    "backend", "blockwise", "smollm2", "eviction", "place", "selection", "kernels"))
 
 
 def pytest_collection_modifyitems(items):
-    """Files of few, long tests first: a process that gets one last keeps the others waiting."""
-    items.sort(key=lambda item: item.path.name not in LONG)
+    """Files that take long first: a process that gets one last keeps the others waiting."""
+    items.sort(key=lambda item: [*LONG, item.path.name].index(item.path.name))
 
 
 def pytest_configure(config):

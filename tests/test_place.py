@@ -74,8 +74,9 @@ def wide(recipe: str = "full"):
     return kvcompile.optimize(wide(), recipe, compile=False)
 
 
-@pytest.mark.parametrize("recipe", ["int8", "kivi(bits=4, residual=32)",
-                                    "streamingllm(sinks=4, window=32)"])
+@pytest.mark.parametrize("recipe", [
+    "kivi(bits=4, residual=32)", *(pytest.param(recipe, marks=pytest.mark.slow) for recipe in (
+        "int8", "streamingllm(sinks=4, window=32)"))])
 def test_latents_are_stored_by_any_recipe_that_fits(recipe):
     model, ids = wide(recipe), prompt(200)
     assert all(site.store.v_in_k for site in model.kvcompile.engine.sites)

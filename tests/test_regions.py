@@ -13,6 +13,8 @@ from kvcompile.backend.regions import outline
 # stretches between two attends that share a subgraph with others, of the tiny model's four layers
 CALLS = {"llama": 3, "gpt2": 3, "mixtral": 3, "gemma3_text": 3, "gpt_oss": 2, "deepseek_v2": 2}
 
+SLOW = ("gpt_oss", "mixtral")
+
 
 @pytest.fixture
 def outlined(monkeypatch):
@@ -32,7 +34,7 @@ def calls(gm):
     return [n for n in gm.graph.nodes if n.target is invoke_subgraph]
 
 
-@pytest.mark.parametrize("arch", [pytest.param(x, marks=pytest.mark.slow) if x == "gpt_oss" else x
+@pytest.mark.parametrize("arch", [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x
                                   for x in CALLS])
 def test_the_same_tokens_from_a_smaller_graph(arch, outlined):
     model = kvcompile.optimize(optimized(arch), "full", compile=True)

@@ -42,10 +42,10 @@ def test_text_generation_pipeline():
     assert "Paris" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "factor"), [
-    ("kivi(bits=4)", 2.8), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("kivi(bits=2)", 4.4), ("kivi(bits=4, group=64)", 3.05), ("int8", 1.7), ("fp8", 1.9),
-        ("streamingllm(sinks=4, window=1024)", 3.5)))])
+    ("kivi(bits=4)", 2.8), ("kivi(bits=2)", 4.4), ("kivi(bits=4, group=64)", 3.05), ("int8", 1.7),
+    ("fp8", 1.9), ("streamingllm(sinks=4, window=1024)", 3.5)])
 def test_bytes_at_4096_tokens(recipe, factor):
     model, ours, tokenizer = models(torch.bfloat16)
     ids = topics_ids(tokenizer, 4096)

@@ -46,8 +46,11 @@ LAWS = {"full", "window", "kivi2", "kivi4", "int8", "fp8", "nf4", "quarot", "zip
 TWICE = {"clip", "outliers", "nested", "centered", "minicache", "latent-turned"}  # parts of others'
 
 
-def slow(names):
-    return [pytest.param(n, marks=pytest.mark.slow) if n in names else n for n in STORES]
+RARE = {"bf16-turned", "fp16", "heads", "odd-dims-2", "mass-tokens"}
+
+
+def slow(names, of=STORES):
+    return [pytest.param(n, marks=pytest.mark.slow) if n in names else n for n in of]
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +65,7 @@ def test_attend_is_the_body(name):
     Case(STORES[name]).check()
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", slow(RARE, OPTIONS))
 def test_attend_with_options(name):
     Case(**OPTIONS[name]).check()
 
