@@ -21,9 +21,9 @@ def test_tokens_equal_eager(recipe):
         assert torch.equal(got, greedy(optimized(LLAMA, recipe), prompt(tokens), 80))
 
 
-@pytest.mark.parametrize("arch", [
-    pytest.param("gpt_oss:2", id="window and sinks in the softmax"),
-    pytest.param("deepseek_v2:2", id="latents", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [pytest.param("gpt_oss:2", id="window and sinks in the softmax"),
+                                  pytest.param("deepseek_v2:2", id="latents")])
 def test_other_geometries_compile(arch):
     got = greedy(optimized(arch, "full", compile=True), prompt(30), 20)
     assert torch.equal(got, greedy(optimized(arch), prompt(30), 20))

@@ -80,7 +80,7 @@ def test_with_all_pairs_and_all_ranks_nothing_is_lost():
     assert (got - want).abs().max() <= 512 * EPS * want.abs().max()
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+@pytest.mark.parametrize("arch", ["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
 def test_the_latent_is_absorbed_and_its_error_falls_with_its_rank(arch):
     """K and V are as before `project`, but for what the rank leaves out."""
     program, ids, errors = base(arch), prompt(64, batch=2), []

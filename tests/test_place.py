@@ -17,7 +17,8 @@ from kvcompile.site import sites
 
 GOLDEN = Path(__file__).parent / "golden"
 LATENT = ("deepseek_v2", pytest.param("deepseek_v3", marks=pytest.mark.slow))
-OTHERS = ("llama", "qwen3", "gpt2", "phi3", "gemma2", "gpt_oss")
+OTHERS = ("llama", "qwen3", "gpt2", "phi3", "gemma2",
+          pytest.param("gpt_oss", marks=pytest.mark.slow))
 
 
 @cache
