@@ -140,9 +140,10 @@ def select(rules: Sequence[Rule], scores: list[Tensor], measures: Sequence[float
 
 
 def largest(x: Tensor, n: int) -> Tensor:
-    """Numbers, ascending, of the n largest of x [T]; of equals the earlier."""
+    """Numbers, ascending, of the n largest of x [T], NaN among them; of equals the earlier."""
     if n == len(x):
         return torch.arange(n, device=x.device)
+    x = x.where(~x.isnan(), torch.inf)  # it stays, so that what stores it refuses it
     cut = x.topk(n, sorted=False).values.amin()
     more, equal = x > cut, x == cut
     return (more | equal & (equal.cumsum(0) <= n - more.sum())).nonzero().flatten()

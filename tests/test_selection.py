@@ -144,6 +144,8 @@ def test_of_equal_scores_the_earlier_token_stays():
         for n in range(1, tokens + 1):
             assert largest(scores, n).tolist() == sorted(order[:n])
     assert largest(torch.empty(0), 0).tolist() == []
+    assert largest(torch.tensor([2, torch.nan, 1, 3]), 2).tolist() == [1, 3]
+    assert largest(torch.full((4,), torch.nan), 3).tolist() == [0, 1, 2]
 
 
 def test_the_question_is_the_window():
