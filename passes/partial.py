@@ -17,7 +17,7 @@ from kvcompile.calibration.alignment import Rotary
 from kvcompile.calibration.samples import Sample, Samples
 from kvcompile.errors import RecipeError
 from kvcompile.ir import ROPE, argument, attention_nodes
-from kvcompile.passes.targets import Target, per_token, target
+from kvcompile.passes.targets import Target, both, per_token
 from kvcompile.plan import LayerPlan
 from kvcompile.rewrite import Outcome, Refused, Rewritten
 from kvcompile.structure.writer import Writer
@@ -56,11 +56,10 @@ class Partial:
 
 def _layer(gm: GraphModule, layer: int, plan: LayerPlan, seen: Sample | None) -> Outcome:
     node = attention_nodes(gm.graph)[layer]
-    q, k = (target(gm, node, side, layer) for side in "qk")
-    for made in (q, k):
-        if isinstance(made, Refused):
-            return made
-    assert isinstance(q, Target) and isinstance(k, Target)
+    found = both(gm, node, "qk", layer)
+    if isinstance(found, Refused):
+        return found
+    q, k = found
     turned = k.linear.rope
     if turned is None or q.linear.rope is None:
         return Refused(layer, "keys are not rotated", node.name)

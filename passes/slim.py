@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from kvcompile.ir import argument, attention_nodes
-from kvcompile.passes.targets import Target, per_token, target
+from kvcompile.passes.targets import Target, both, per_token
 from kvcompile.plan import LayerPlan
 from kvcompile.rewrite import Outcome, Refused, Rewritten
 from kvcompile.structure.writer import Writer
@@ -45,11 +45,10 @@ class Slim:
 
     def layer(self, gm: GraphModule, layer: int) -> Outcome:
         node = attention_nodes(gm.graph)[layer]
-        k, v = (target(gm, node, side, layer) for side in "kv")
-        for made in (k, v):
-            if isinstance(made, Refused):
-                return made
-        assert isinstance(k, Target) and isinstance(v, Target)
+        found = both(gm, node, "kv", layer)
+        if isinstance(found, Refused):
+            return found
+        k, v = found
         if k.linear.input is not v.linear.input:
             return Refused(layer, "K and V are not made of the same tensor", v.node.name)
         rows, columns = k.weight.shape

@@ -57,6 +57,19 @@ def target(gm: GraphModule, node: Node, side: str, layer: int) -> Target | Refus
     return Target(at, linear, weight, None if not isinstance(bias, Tensor) else bias[rows])
 
 
+def both(gm: GraphModule, node: Node, sides: str, layer: int) -> list[Target] | Refused:
+    """The targets of two sides of a layer ("kv", "qk"), or why one of them is none."""
+    found = list[Target]()
+    for side in sides:
+        made = target(gm, node, side, layer)
+        if made is None:
+            return Refused(layer, f"{side} has been factored already", node.name)
+        if isinstance(made, Refused):
+            return made
+        found.append(made)
+    return found
+
+
 def _unrotated(node: Node) -> Node:
     """`node`, or of channels that are rotated beside others that are not those others."""
     if packet(node) is aten.cat and len(parts := node.all_input_nodes) == 2:

@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from support import prompt
+from support import optimized, prompt
 from test_project import logits
 
 import kvcompile
@@ -167,3 +167,9 @@ def test_without_an_inverse_k_and_v_stay(change, reason):
     (outcome,) = program.outcomes["slim"]
     assert isinstance(outcome, Refused) and reason in outcome.reason and outcome.node
     assert program.sites[0].dims == (DIM, DIM) and not program.sites[0].store.v_in_k
+
+
+def test_weights_that_are_factored_already_are_named():
+    ids = torch.randint(0, 128, (2, 64), generator=torch.Generator().manual_seed(0))
+    program = optimized("llama:2").kvcompile.program.lower("slim+mha2mla", calibration=ids)
+    assert [o.reason for o in program.outcomes["slim"]] == 2 * ["k has been factored already"]
