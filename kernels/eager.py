@@ -153,8 +153,9 @@ def _append(store: Store, planes: list[Tensor], k: list[Tensor], v: list[Tensor]
         for heads, n in _runs(count[row], own):
             mine = keep[heads.start] if own else keep
             for side, x in zip(store.sides, both, strict=False):
+                written = {t: tiers[side][t] for t in store.written(side)}
                 new = x[row, heads] if every else x[row, heads][:, mine]
-                pages.add(store, side, tiers[side], row, heads, n, new)
+                pages.add(store, side, written, row, heads, n, new)
 
 
 @body("storable")

@@ -1,13 +1,13 @@
 """The attention layers of a graph, and which of them share one set of planes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Graph, Node
 
 from kvcompile.ir import argument, attention_nodes
-from kvcompile.store import Store
+from kvcompile.store import SIDES, Store
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Site:
     rotated: bool = False  # and rotated then
     rule: str = ""  # which tokens stay (kvcompile/rule.py), where scores decide
     common: Store | None = None  # of layers that share planes and are stored almost alike
+    lent: tuple[tuple[str, int], ...] = ()  # tiers whose pages are those of another layer
 
     @property
     def place(self) -> tuple[int, int]:
@@ -44,6 +45,11 @@ class Site:
     def layout(self) -> Store:
         """The store that the planes and the kernels are made for."""
         return self.common or self.store
+
+    @property
+    def own(self) -> Store:
+        """The same, which says what of it has no pages of its own."""
+        return replace(self.layout, lent=tuple(key for key, _ in self.lent))
 
     @property
     def leads(self) -> bool:
@@ -66,7 +72,32 @@ def sites(graph: Graph) -> tuple[Site, ...]:
         if len({found[i].store for i in layers}) > 1:
             found = [replace(site, common=site.store.common) if site.place[0] in layers else site
                      for site in found]
+    for layers in groups(found):
+        seen: dict[tuple[str, Node], int] = {}
+        for i in layers:
+            found[i] = replace(found[i], lent=tuple(_lent(nodes[i], found[i], seen)))
     return tuple(found)
+
+
+def _lent(node: Node, site: Site, seen: dict[tuple[str, Node], int]) -> Iterator[tuple[str, int]]:
+    """The tiers that hold what those of an earlier slot of the group do, and its layer; `seen` are
+    the K and V of the earlier ones."""
+    if site.members or site.rule:
+        return
+    for side in site.store.sides:
+        lender = seen.setdefault((side, argument(node, side)), site.layer)
+        if lender != site.layer:
+            yield from ((f"{side}.{tier}", lender) for tier in site.store.tiers(side))
+
+
+def halves(nodes: Sequence[Node]) -> list[tuple[int, str, int]]:
+    """(layer, side, lender) for kvc.attention nodes with the k or the v of an earlier one, and the
+    other side not of the same: `lender` is the first that has it."""
+    first: dict[tuple[str, Node], int] = {}
+    found = [(i, side, first.setdefault((side, argument(n, side)), i))
+             for i, n in enumerate(nodes) for side in SIDES]
+    whole = owners(nodes)
+    return [(i, side, lender) for i, side, lender in found if lender != i and i not in whole]
 
 
 def owners(nodes: Sequence[Node]) -> dict[int, int]:

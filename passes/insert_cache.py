@@ -90,8 +90,7 @@ def _prefill(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: lis
                         valid = chosen.stored(valid)
                     allowed = _call(graph, aten.bitwise_and.Tensor, valid, fine[-1])
                     planes, slot = place[members[0]]
-                    _append(graph, planes, [nodes[i] for i in members], [slot], allowed,
-                            site.layout)
+                    _append(graph, planes, [nodes[i] for i in members], [slot], allowed, site.own)
     for node in nodes:
         node.kwargs = {k: v for k, v in node.kwargs.items()
                        if k not in ("store", "members", "rule")}
@@ -119,7 +118,11 @@ def _extend(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list
         for own in shared:
             every = [i for layer in own.layers for i in sites[layer].members or (layer,)]
             layers, layout = [nodes[i] for i in every], sites[own.layers[0]].layout
-            _append(graph, own.planes, layers, [*range(len(own.layers))], allowed, layout)
+            for store in dict.fromkeys(sites[layer].own for layer in own.layers):
+                alike = [i for i in own.layers if sites[i].own == store]
+                _append(graph, own.planes, [nodes[j] for i in alike
+                                            for j in sites[i].members or (i,)],
+                        [own.layers.index(i) for i in alike], allowed, store)
             if layout.slots:
                 _evict(graph, own.planes, layers, [m for i in own.layers if (m := mass[i])],
                        allowed, layout)

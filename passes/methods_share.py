@@ -1,5 +1,5 @@
-"""Methods by which layers attend to the K and V of earlier ones, and store none: axis `owner`; or
-compute their own from what an earlier one is given: axis `input`."""
+"""Methods by which layers attend to the K or the V of earlier ones, and store none: axes `owner.k`
+and `owner.v`; or compute their own from what an earlier one is given: axis `input`."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -15,14 +15,20 @@ from kvcompile.calibration.samples import Samples
 from kvcompile.errors import RecipeError
 from kvcompile.method import Axes, Method, Param
 from kvcompile.recipe import Recipe, Term
+from kvcompile.store import SIDES
 
 log = logging.getLogger(__name__)
 
 
-def _axes(layers: Sequence[int], owners: Sequence[int], align: bool) -> list[Axes]:
-    """`owners[i]` stores for layer `layers[i]`."""
-    return [{} if i == owner else {"owner": owner, **({"align": owner} if align else {})}
+def _axes(layers: Sequence[int], owners: Sequence[int], align: bool, side: str = "both"
+          ) -> list[Axes]:
+    """`owners[i]` stores K and V, or one `side`, for layer `layers[i]`."""
+    return [{} if i == owner else {**_owned(owner, side), **({"align": owner} if align else {})}
             for i, owner in zip(layers, owners, strict=True)]
+
+
+def _owned(owner: int, side: str = "both") -> Axes:
+    return {f"owner.{s}": owner for s in SIDES if side in (s, "both")}
 
 
 def _by_place(first: Callable[[int, int, Mapping[str, Any]], int]
@@ -41,7 +47,7 @@ def _map(p: Mapping[str, Any]) -> list[Axes]:
     if len(owners) != len(layers):
         raise RecipeError(f"{Term('map', (('map', owners),))}: names the owners of {len(owners)} "
                           f"layers, but {len(layers)} are claimed")
-    return _axes(layers, owners, p["align"])
+    return _axes(layers, owners, p["align"], p.get("side", "both"))
 
 
 def _swiftkv(p: Mapping[str, Any]) -> list[Axes]:
@@ -49,7 +55,7 @@ def _swiftkv(p: Mapping[str, Any]) -> list[Axes]:
     later, size = layers[first:], p["across"]
     owners = [later[i // size * size] for i in range(len(later))]
     return [*({} for _ in layers[:first]), *({
-        **({"input": later[0]} if i != later[0] else {}), **({"owner": j} if i != j else {})}
+        **({"input": later[0]} if i != later[0] else {}), **(_owned(j) if i != j else {})}
         for i, j in zip(later, owners, strict=True))]
 
 
@@ -106,9 +112,12 @@ METHODS = (
         title="K and V of earlier layers, by hand",
         paper="arXiv:2405.12981",
         family="sharing",
-        params=(Param("map", (), help=f"{MAP}; its own number: its own"), ALIGN),
+        params=(Param("map", (), help=f"{MAP}; its own number: its own"),
+                Param("side", "both", choices=("both", *SIDES), help="what of the owner's it is; "
+                      "the other one stays each layer's own"), ALIGN),
         axes=_map,
-        note="any map of layers to owners that come earlier; without one nothing is shared",
+        note="any map of layers to owners that come earlier; without one nothing is shared. Two "
+        "terms, side=k and side=v, may have two maps",
     ),
     Method(
         name="cla",

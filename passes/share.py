@@ -1,6 +1,6 @@
-"""share: layers attend to the K and V of an earlier one. attention(q, k, v) -> attention(q, k', v')
+"""share: layers attend to K or V of an earlier one. attention(q, k, v) -> attention(q, k', v')
 
-The consumer's own k and v, and their projections with them, are dead code then and leave the graph.
+The consumer's own k or v, and its projection with it, is dead code then and leaves the graph.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from typing import ClassVar
 from torch.fx import GraphModule, Node
 
 from kvcompile.errors import RecipeError
+from kvcompile.format import Side
 from kvcompile.ir import argument, attention_nodes
 from kvcompile.plan import LayerPlan
 from kvcompile.rewrite import Outcome, Refused, Rewritten
@@ -18,7 +19,8 @@ from kvcompile.store import SIDES
 
 @dataclass(frozen=True)
 class Share:
-    """attention_i(q, k_i, v_i) -> attention_i(q, k_j, v_j), where axis `owner` of layer i is j.
+    """attention_i(q, k_i, v_i) -> attention_i(q, k_j, v_j), where axes `owner.k` and `owner.v` of
+    layer i are j. With one of them alone, or two owners, the other side is what it was.
 
     K is shared after its rotation. A layer whose window or heads differ from its owner's keeps its
     own K and V. Raises RecipeError for an owner that does not come earlier.
@@ -26,25 +28,30 @@ class Share:
 
     name: ClassVar[str] = "share"
     order: ClassVar[int] = 40
-    axes: ClassVar[tuple[str, ...]] = ("owner",)
+    axes: ClassVar[tuple[str, ...]] = tuple(f"owner.{side}" for side in SIDES)
 
     def run(self, gm: GraphModule, plan: Sequence[LayerPlan]) -> list[Outcome]:
         outcomes: list[Outcome] = []
         nodes = attention_nodes(gm.graph)
         for index, node in enumerate(nodes):
-            owner = plan[index].get("owner", index)
-            if owner == index:
-                continue
-            if type(owner) is not int or not 0 <= owner < index:
-                raise RecipeError(f"{plan[index].origin['owner']}: layer {index} cannot attend to "
-                                  f"the K and V of {owner}: it must be an earlier layer")
-            different = _difference(node, nodes[owner])
-            if different:
-                outcomes.append(Refused(index, f"layer {owner} has {different}", node.name))
-                continue
-            k, v = (argument(nodes[owner], side) for side in SIDES)
-            node.args = (node.args[0], k, v, *node.args[3:])
-            outcomes.append(Rewritten(index, f"K and V of layer {owner}"))
+            shared: dict[int, list[Side]] = {}
+            for side in SIDES:
+                owner = plan[index].get(f"owner.{side}", index)
+                if owner == index:
+                    continue
+                if type(owner) is not int or not 0 <= owner < index:
+                    raise RecipeError(
+                        f"{plan[index].origin[f'owner.{side}']}: layer {index} cannot attend to "
+                        f"the {side.upper()} of {owner}: it must be an earlier layer")
+                shared.setdefault(owner, []).append(side)
+            for owner, sides in shared.items():
+                if different := _difference(node, nodes[owner]):
+                    outcomes.append(Refused(index, f"layer {owner} has {different}", node.name))
+                    continue
+                for side in sides:
+                    node.update_arg(1 + SIDES.index(side), argument(nodes[owner], side))
+                what = " and ".join(side.upper() for side in sides)
+                outcomes.append(Rewritten(index, f"{what} of layer {owner}"))
         gm.graph.eliminate_dead_code()
         return outcomes
 

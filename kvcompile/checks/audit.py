@@ -193,7 +193,7 @@ class Run:
             return 0
         counts = self.cache.rows if not site.rule else (
             self.cache.stored_tokens(site.layer).amax(1).tolist())
-        return site.layout.nbytes(site.dims, site.dtype, site.heads, counts)
+        return site.own.nbytes(site.dims, site.dtype, site.heads, counts)
 
 
 def _share(x: LayerAudit) -> float:
