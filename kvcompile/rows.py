@@ -77,7 +77,10 @@ def stored(site: Site) -> str:
         return f"that of layer {site.owner}"
     others = [str(layer) for layer in site.members if layer != site.layer]
     lines = [storage(site.store), f"with layer {', '.join(others)}" if others else ""]
-    lines += dict.fromkeys(f"{key[0].upper()} of layer {lender}" for key, lender in site.lent)
+    for side in site.store.sides:
+        tiers = {key: lender for key, lender in site.lent if key.startswith(side)}
+        older = "" if len(tiers) == len(site.store.tiers(side)) else "older "
+        lines += dict.fromkeys(f"{older}{side.upper()} of layer {j}" for j in tiers.values())
     return "\n".join(filter(None, lines))
 
 

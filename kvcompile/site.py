@@ -73,37 +73,48 @@ def sites(graph: Graph) -> tuple[Site, ...]:
             found = [replace(site, common=site.store.common) if site.place[0] in layers else site
                      for site in found]
     for layers in groups(found):
-        seen: dict[tuple[str, Node], int] = {}
+        seen: dict[tuple, int] = {}
         for i in layers:
             found[i] = replace(found[i], lent=tuple(_lent(nodes[i], found[i], seen)))
     return tuple(found)
 
 
-def _lent(node: Node, site: Site, seen: dict[tuple[str, Node], int]) -> Iterator[tuple[str, int]]:
+def _lent(node: Node, site: Site, seen: dict[tuple, int]) -> Iterator[tuple[str, int]]:
     """The tiers that hold what those of an earlier slot of the group do, and its layer; `seen` are
     the K and V of the earlier ones."""
     if site.members or site.rule:
         return
+    far = argument(node, "far")
     for side in site.store.sides:
-        lender = seen.setdefault((side, argument(node, side)), site.layer)
+        lender = seen.setdefault(_held(node, side), site.layer)
         if lender != site.layer:
             yield from ((f"{side}.{tier}", lender) for tier in site.store.tiers(side))
+        elif side == "k" and far is not None and ("k", far, None) in seen:
+            yield "k.body", seen["k", far, None]
+
+
+def _held(node: Node, side: str) -> tuple[str, Node, Node | None]:
+    """What of kvc.attention nodes tells whether they would store the same K, or V."""
+    return side, argument(node, side), argument(node, "far") if side == "k" else None
 
 
 def halves(nodes: Sequence[Node]) -> list[tuple[int, str, int]]:
     """(layer, side, lender) for kvc.attention nodes with the k or the v of an earlier one, and the
-    other side not of the same: `lender` is the first that has it."""
-    first: dict[tuple[str, Node], int] = {}
-    found = [(i, side, first.setdefault((side, argument(n, side)), i))
+    other side not of the same; or whose older keys are those of one. `lender` is the first that has
+    it."""
+    first: dict[tuple, int] = {}
+    found = [(i, side, first.setdefault(_held(n, side), i))
              for i, n in enumerate(nodes) for side in SIDES]
+    found += [(i, "k", first["k", far, None]) for i, n in enumerate(nodes)
+              if (far := argument(n, "far")) is not None]
     whole = owners(nodes)
     return [(i, side, lender) for i, side, lender in found if lender != i and i not in whole]
 
 
 def owners(nodes: Sequence[Node]) -> dict[int, int]:
     """Layer -> the first one with the same k and v, for kvc.attention nodes that are not that."""
-    first: dict[tuple[Node, Node], int] = {}
-    each = enumerate((argument(n, "k"), argument(n, "v")) for n in nodes)
+    first: dict[tuple, int] = {}
+    each = enumerate((_held(n, "k"), _held(n, "v")) for n in nodes)
     return {i: owner for i, both in each if (owner := first.setdefault(both, i)) != i}
 
 

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from kvcompile.errors import RecipeError
 from kvcompile.ir import APPEND, ATTEND, BESIDE, EVICT, STORABLE, argument, attention_nodes
 from kvcompile.passes.chosen import Chosen
 from kvcompile.plan import LayerPlan
@@ -49,6 +50,11 @@ class InsertCache:
         if any(n.target is APPEND for n in graph.nodes):
             return []
         known = sites(graph)
+        for site, node in zip(known, nodes, strict=True):
+            lent = dict(site.lent) if site.owner is None else {"k.body": site.owner}
+            if argument(node, "far") is not None and "k.body" not in lent:
+                raise RecipeError(f"layer {site.layer}: its older keys are another layer's, which "
+                                  "is stored in another way; give both the same storage")
         shared = [Shared(layers, _inputs(graph, number, known[layers[0]]))
                   for number, layers in enumerate(groups(known))]
         ok = (_prefill if self.phase == "prefill" else _extend)(graph, nodes, known, shared)
@@ -93,7 +99,7 @@ def _prefill(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: lis
                     _append(graph, planes, [nodes[i] for i in members], [slot], allowed, site.own)
     for node in nodes:
         node.kwargs = {k: v for k, v in node.kwargs.items()
-                       if k not in ("store", "members", "rule")}
+                       if k not in ("store", "members", "rule", "far")}
     with graph.inserting_before(graph.output_node()):
         return [_call(graph, aten.cat.default, fine), *([chosen.kept()] if chosen else [])]
 

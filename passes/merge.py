@@ -52,8 +52,8 @@ class Merge:
                         if plan[i].get("merge") != members), "")
             why = why or next(filter(None, (_difference(known[i], known[last])
                                             for i in members[:-1])), "")
-            why = why or next((f"layer {i} reads {side.upper()} of layer {lender}" for i, side, lender
-                               in halves(nodes) if {i, lender} & {*members}), "")
+            why = why or next((f"layer {i} reads {side.upper()} of layer {j}"
+                               for i, side, j in halves(nodes) if {i, j} & {*members}), "")
             why = why or next(filter(None, (_rebuilt(nodes[i]) for i in members)), "")
             if why:
                 outcomes += [Refused(i, why, nodes[last].name) for i in members]

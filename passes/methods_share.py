@@ -50,6 +50,15 @@ def _map(p: Mapping[str, Any]) -> list[Axes]:
     return _axes(layers, owners, p["align"], p.get("side", "both"))
 
 
+def _pod(p: Mapping[str, Any]) -> list[Axes]:
+    layers, size = p["layers"], p["factor"]
+    own = {**({"sinks": p["sinks"]} if p["sinks"] else {}),
+           **({"lag.k": p["recent"]} if p["recent"] else {})}
+    firsts = [layers[i // size * size] for i in range(len(layers))]
+    return [{**own, **({} if i == j else {"owner.far": j, **({"align": j} if p["align"] else {})})}
+            for i, j in zip(layers, firsts, strict=True)]
+
+
 def _swiftkv(p: Mapping[str, Any]) -> list[Axes]:
     layers, first = p["layers"], round(p["start"] * len(p["layers"]))
     later, size = layers[first:], p["across"]
@@ -149,6 +158,24 @@ METHODS = (
         axes=_by_place(lambda i, n, p: min(j for j in range(n)
                                            if j * p["owners"] // n == i * p["owners"] // n)),
         note="for models that were trained so; others lose much",
+    ),
+    Method(
+        name="pod",
+        title="PoD: proximal tokens over distant ones",
+        paper="arXiv:2412.02252",
+        family="sharing",
+        params=(
+            Param("factor", 2, minimum=1, help="neighbouring layers whose older keys are those of "
+                  "the first of them"),
+            Param("sinks", 16, minimum=0, help="first tokens whose keys stay each layer's own"),
+            Param("recent", 128, minimum=0, help="newest tokens whose keys stay each layer's own; "
+                  "0: those that wait in the recipe's own recent tier"),
+            ALIGN,
+        ),
+        axes=_pod,
+        note="K of distant tokens is stored once, V and the keys of proximal ones in every layer. "
+        "For models that were trained so; the paper's groups are runs of unequal length, of layers "
+        "with similar attention",
     ),
     Method(
         name="swiftkv",
