@@ -29,7 +29,7 @@ def functions(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> str:
     """What stands before the kernel's function: the types that a store's tiers are written by."""
     lines = []
     for side, dim in zip(SIDES, dims, strict=True):
-        how, up, held = store.side(side), side.upper(), store.tiers(side)
+        how, up, held = store.side(side), side.upper(), store.written(side)
         for tier in TIERS:
             writer = "None"
             if tier in held:

@@ -55,49 +55,53 @@ def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor,
               sinks: Tensor | None, *, scale: float, window: int = 0, softcap: float = 0.0,
               store: str = "store", layer: int = 0, members: Sequence[int] = (),
               basis: Tensor | None = None, offset: Tensor | None = None, cos: Tensor | None = None,
-              sin: Tensor | None = None, style: str = "", rule: str = "") -> Tensor:
+              sin: Tensor | None = None, style: str = "", rule: str = "",
+              far: Tensor | None = None) -> Tensor:
     """Causal attention among this call's tokens; padding's output is 0.
 
     With a lossy `store` query i sees what appending tokens 0 .. i-1 one by one would have stored,
     and itself exactly: what decoding token by token computes. Layers that are stored together have
     no such form: what one of them sees depends on what later ones made of earlier tokens. Nor has
     a `rule`. With `basis` or `cos` the keys are rebuilt from k (`kernels/rebuild.py`); cos and sin
-    have a row for each column of the call.
+    have a row for each column of the call. The body has the keys `far`, if there are such.
     """
     if rule:
         raise KVCompileError(f"layer {layer} keeps tokens by their scores, which a forward without "
                              "a cache cannot show")
-    parsed, batch = Store.parse(store), q.shape[0]
+    parsed, batch, plain = Store.parse(store), q.shape[0], far is None
     rebuild = Rebuild(basis, offset, cos, sin, style)
     if parsed.members > 1:
         raise KVCompileError(f"layers {', '.join(map(str, members))} are stored together: only "
                              "decoding through a cache shows what they see")
 
-    def rows(q: Tensor, k: Tensor, v: Tensor, own: Rebuild, which: Sequence[int]) -> Tensor:
-        if parsed.plain and parsed.window in (0, window - 1):
+    def rows(q: Tensor, k: Tensor, v: Tensor, far: Tensor, own: Rebuild, which: Sequence[int]
+             ) -> Tensor:
+        if plain and parsed.plain and parsed.window in (0, window - 1):
             return causal(q, own.keys(k), v, scale, window, softcap, sinks)
         each = [_one_by_one(parsed, *x, scale, window, softcap, sinks, own.row(row))
-                for row, x in zip(which, zip(q, k, v, strict=True), strict=True)]
+                for row, x in zip(which, zip(q, k, v, far, strict=True), strict=True)]
         return tokens_first(torch.stack(each))
 
+    far = k if far is None else far
     if bool(valid.all()):
-        return rows(q, k, v, rebuild, range(batch))
+        return rows(q, k, v, far, rebuild, range(batch))
     out = q.new_zeros(batch, q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
     for b, keep in enumerate(valid):
         if bool(keep.any()):
             own = rebuild.row(b).at(keep).batch()
-            q_, k_, v_ = (x[b : b + 1, :, keep] for x in (q, k, v))
-            out[b][:, keep] = rows(q_, k_, v_, own, [0])[0]
+            q_, k_, v_, far_ = (x[b : b + 1, :, keep] for x in (q, k, v, far))
+            out[b][:, keep] = rows(q_, k_, v_, far_, own, [0])[0]
     return out
 
 
-def _one_by_one(store: Store, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int,
-                softcap: float, sinks: Tensor | None, rebuild: Rebuild) -> Tensor:
+def _one_by_one(store: Store, q: Tensor, k: Tensor, v: Tensor, far: Tensor, scale: float,
+                window: int, softcap: float, sinks: Tensor | None, rebuild: Rebuild) -> Tensor:
     """One row: every query against the store as it was when the query's token arrived."""
     n, given = k.shape[1], dict(zip(SIDES, (k, v), strict=True))
     coded = {}
     for side in store.sides:
-        x, fmt, end = given[side], store.side(side).format, store.spans(side, n)["body"].end
+        x, fmt = far if side == "k" else v, store.side(side).format
+        end = store.spans(side, n)["body"].end
         body_ = x[:, store.sinks : store.sinks + end]
         coded[side] = x.clone()
         coded[side][:, store.sinks : store.sinks + end] = fmt.decode(
@@ -153,8 +157,9 @@ def _append(store: Store, planes: list[Tensor], k: list[Tensor], v: list[Tensor]
         for heads, n in _runs(count[row], own):
             mine = keep[heads.start] if own else keep
             for side, x in zip(store.sides, both, strict=False):
+                written = {t: tiers[side][t] for t in store.written(side)}
                 new = x[row, heads] if every else x[row, heads][:, mine]
-                pages.add(store, side, tiers[side], row, heads, n, new)
+                pages.add(store, side, written, row, heads, n, new)
 
 
 @body("storable")

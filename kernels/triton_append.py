@@ -120,7 +120,7 @@ def _new(store: Store, shape: Shape, side: Side, which: str, mask: str, width: i
 
 def _encode(store: Store, shape: Shape, side: Side) -> list[str]:
     """The tokens [start, end) of the queue go to the body."""
-    if "body" not in store.tiers(side):
+    if "body" not in store.written(side):
         return []
     dim, fmt = shape.dims[SIDES.index(side)], store.side(side).format
     width = ts.piece(store, dim, side, tokens(store, side, "encode"))
@@ -157,10 +157,10 @@ def _encode(store: Store, shape: Shape, side: Side) -> list[str]:
 def _keep(store: Store, shape: Shape, side: Side) -> list[str]:
     """Tokens that are sinks, and those that stay in the recent tier."""
     lines = []
-    if "sinks" in store.tiers(side):
+    if "sinks" in store.written(side):
         lines += [f"last = tl.minimum(after, {store.sinks})",
                   *_write(store, shape, side, "sinks", "n", "last", "index - n")]
-    if "recent" in store.tiers(side):
+    if "recent" in store.written(side):
         lines += [*ts.span(store, "after", side, ""),
                   "start = tl.maximum(tl.maximum(first, end), before)",
                   *_write(store, shape, side, "recent", "start", "queued",

@@ -35,7 +35,7 @@ HELPERS = tuple(sorted(file.stem for file in (Path(__file__).parent / "triton").
 TRITON = {torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16", torch.float32: "tl.float32"}
 WIDEST = 256  # channels of a head
 # fields of a Store; one that has others set is refused
-UNDERSTOOD = ("k", "v", "sinks", "window", "members", "v_in_k", "slots")
+UNDERSTOOD = ("k", "v", "sinks", "window", "members", "v_in_k", "slots", "lent")
 HEAD = "import triton\nimport triton.language as tl\n"
 
 

@@ -74,7 +74,7 @@ class Report:
             if own[0].rule:
                 total += batch * self._selected(own, tokens)
             else:
-                total += sum(s.layout.nbytes(s.dims, s.dtype, s.heads, [tokens] * batch, reserve)
+                total += sum(s.own.nbytes(s.dims, s.dtype, s.heads, [tokens] * batch, reserve)
                              for s in own)
         return total
 

@@ -26,7 +26,8 @@ a group, and a layer's index there is its `slot`. Of layers that are stored toge
 number, k and v come in order, and each of them is a `member` of the slot. `window` counts tokens
 of the row, the query included (0: no window). Where k is less than the keys, they are
 rope(k basis^T + offset) with basis [H', Dq, Dk], offset [H', Dq], cos and sin [B or 1, 1, N, R] of
-N tokens, all optional. The bodies live in `kernels/`.
+N tokens, all optional. `far`, like k, are the keys of tokens in the body, where those are another
+layer's. The bodies live in `kernels/`.
 """
 
 from collections.abc import Callable
@@ -46,7 +47,7 @@ LIB.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor valid, Tensor? sinks, *, "
     "float scale, int window=0, float softcap=0.0, str store='store', int layer=0, "
     "int[] members=[], Tensor? basis=None, Tensor? offset=None, Tensor? cos=None, "
-    "Tensor? sin=None, str style='', str rule='') -> Tensor"
+    "Tensor? sin=None, str style='', str rule='', Tensor? far=None) -> Tensor"
 )
 LIB.define(
     "score(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor valid, Tensor hints, "
@@ -114,7 +115,7 @@ OPS = (ATTENTION, ROPE, APPEND, ATTEND, STORABLE)
 @torch.library.register_fake("kvc::attention", lib=LIB)
 def _(  # type: ignore[no-untyped-def]
     q, k, v, positions, valid, sinks, *, scale, window=0, softcap=0.0, store="store", layer=0,
-    members=(), basis=None, offset=None, cos=None, sin=None, style="", rule="",
+    members=(), basis=None, offset=None, cos=None, sin=None, style="", rule="", far=None,
 ):
     batch, heads, tokens, _ = q.shape  # in memory the heads of a token lie together
     return q.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)

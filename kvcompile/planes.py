@@ -18,7 +18,8 @@ class Group:
     A layer is a slot of the count [layers, batch, heads] and of the tables [layers, batch, heads,
     pages]; all layers share the pools. The pages of a head lie together in a pool, head by head,
     row by row and layer by layer; tables say so to the kernels. `pages` is, for every tier, int64
-    [layers, batch, heads].
+    [layers, batch, heads], 0 where a slot's tier is another one's: its table then names that one's
+    pages.
     """
 
     def __init__(self, sites: Sequence[Site], batch: int, device: torch.device) -> None:
@@ -35,6 +36,9 @@ class Group:
             self.plane("constants").copy_(rows[:, None, None])
         keys = dict.fromkeys(name.rpartition(".")[0] for name, *_ in self.specs)
         self.pages = {key: torch.zeros(places, dtype=torch.int64) for key in keys if key}
+        slots = {site.layer: slot for slot, site in enumerate(sites)}
+        self._lent = {key: {slot: slots[dict(site.lent)[key]] for slot, site in enumerate(sites)
+                            if key in dict(site.lent)} for key in self.pages}
         self._least = {key: [0] * batch for key in self.pages}
 
     def reserve(self, counts: Sequence[int] | Tensor) -> None:
@@ -53,7 +57,8 @@ class Group:
         for key, have in self.pages.items():
             side, tier = key.split(".")
             each = torch.tensor([store.pages(side, tier, n) for n in numbers.tolist()])
-            need = each[which].expand_as(have)
+            need = each[which].expand_as(have).clone()
+            need[[*self._lent[key]]] = 0
             if bool((have >= need).all()):
                 continue
             if bool(have.any()):
@@ -98,6 +103,8 @@ class Group:
         pages, had = pages.to(device), self.pages[key][:, rows].to(device)
         starts = (pages.flatten().cumsum(0) - pages.flatten()).view_as(pages)
         new = torch.where(at < pages[..., None], starts[..., None] + at, 0)
+        for slot, lender in self._lent[key].items():
+            new[slot] = new[lender]
         kept = at < torch.minimum(pages, had)[..., None]
         old = torch.nn.functional.pad(old, (0, max(0, width - old.shape[-1])))[..., :width]
         for i in own:
@@ -109,4 +116,5 @@ class Group:
                 pool[new[layer][mine]] = self.planes[i][old[layer][mine].long()]
             self.planes[i] = pool
         self.pages[key] = pages.cpu()
-        self._least[key] = pages.amin((0, 2)).tolist()
+        stored = [slot for slot in range(len(pages)) if slot not in self._lent[key]]
+        self._least[key] = pages[stored].amin((0, 2)).tolist()

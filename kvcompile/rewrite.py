@@ -18,7 +18,7 @@ from kvcompile.errors import KVCompileError
 from kvcompile.ir import argument, attention_nodes
 from kvcompile.plan import LayerPlan
 from kvcompile.registry import plugins
-from kvcompile.site import owners
+from kvcompile.site import halves, owners
 from kvcompile.structure.lazy import LazyGraphModule
 from kvcompile.verify import verify
 
@@ -105,15 +105,16 @@ def run_passes(sequence: Sequence[Pass], gm: GraphModule, plan: Sequence[LayerPl
 
 
 def _run(p: Pass, gm: GraphModule, plan: Sequence[LayerPlan]) -> list[Outcome]:
-    """Run `p`; then layers that attend to another one's K and V are stored as that one is."""
+    """Run `p`; then layers that attend to another one's K or V are stored as that one is."""
     before = [argument(node, "store") for node in attention_nodes(gm.graph)]
     outcomes, nodes = p.run(gm, plan), attention_nodes(gm.graph)
-    shared = owners(nodes)
+    whole = owners(nodes)
+    shared = {**{layer: lender for layer, _, lender in reversed(halves(nodes))}, **whole}
     told: list[Outcome] = [
         Rewritten(o.layer, f"as layer {shared[o.layer]}") if o.layer in shared
         and argument(nodes[o.layer], "store") != before[o.layer] else o for o in outcomes]
-    for layer, owner in shared.items():
-        for name in ("store", "members"):
+    for layer, owner in sorted(shared.items()):
+        for name in ("store", "members") if layer in whole else ("store",):
             value = argument(nodes[owner], name)
             if argument(nodes[layer], name) != value:
                 nodes[layer].kwargs = {**nodes[layer].kwargs, name: value}

@@ -76,7 +76,12 @@ def stored(site: Site) -> str:
     if site.owner is not None:
         return f"that of layer {site.owner}"
     others = [str(layer) for layer in site.members if layer != site.layer]
-    return storage(site.store) + (f"\nwith layer {', '.join(others)}" if others else "")
+    lines = [storage(site.store), f"with layer {', '.join(others)}" if others else ""]
+    for side in site.store.sides:
+        tiers = {key: lender for key, lender in site.lent if key.startswith(side)}
+        older = "" if len(tiers) == len(site.store.tiers(side)) else "older "
+        lines += dict.fromkeys(f"{older}{side.upper()} of layer {j}" for j in tiers.values())
+    return "\n".join(filter(None, lines))
 
 
 def storage(store: Store) -> str:
@@ -106,6 +111,8 @@ def bytes_per_token(site: Site) -> float:
         return total
     for side, dim in zip(site.store.sides, site.dims, strict=False):
         tier = "body" if "body" in site.store.tiers(side) else "recent"
+        if f"{side}.{tier}" in dict(site.lent):
+            continue
         fmt = site.store.format(side, tier)
         total += site.heads * step_bytes(fmt, dim * members, site.dtype, side) / fmt.step
     return total / members

@@ -1,13 +1,13 @@
 """The attention layers of a graph, and which of them share one set of planes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Graph, Node
 
 from kvcompile.ir import argument, attention_nodes
-from kvcompile.store import Store
+from kvcompile.store import SIDES, Store
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Site:
     rotated: bool = False  # and rotated then
     rule: str = ""  # which tokens stay (kvcompile/rule.py), where scores decide
     common: Store | None = None  # of layers that share planes and are stored almost alike
+    lent: tuple[tuple[str, int], ...] = ()  # tiers whose pages are those of another layer
 
     @property
     def place(self) -> tuple[int, int]:
@@ -44,6 +45,11 @@ class Site:
     def layout(self) -> Store:
         """The store that the planes and the kernels are made for."""
         return self.common or self.store
+
+    @property
+    def own(self) -> Store:
+        """The same, which says what of it has no pages of its own."""
+        return replace(self.layout, lent=tuple(key for key, _ in self.lent))
 
     @property
     def leads(self) -> bool:
@@ -66,13 +72,49 @@ def sites(graph: Graph) -> tuple[Site, ...]:
         if len({found[i].store for i in layers}) > 1:
             found = [replace(site, common=site.store.common) if site.place[0] in layers else site
                      for site in found]
+    for layers in groups(found):
+        seen: dict[tuple, int] = {}
+        for i in layers:
+            found[i] = replace(found[i], lent=tuple(_lent(nodes[i], found[i], seen)))
     return tuple(found)
+
+
+def _lent(node: Node, site: Site, seen: dict[tuple, int]) -> Iterator[tuple[str, int]]:
+    """The tiers that hold what those of an earlier slot of the group do, and its layer; `seen` are
+    the K and V of the earlier ones."""
+    if site.members or site.rule:
+        return
+    far = argument(node, "far")
+    for side in site.store.sides:
+        lender = seen.setdefault(_held(node, side), site.layer)
+        if lender != site.layer:
+            yield from ((f"{side}.{tier}", lender) for tier in site.store.tiers(side))
+        elif side == "k" and far is not None and ("k", far, None) in seen:
+            yield "k.body", seen["k", far, None]
+
+
+def _held(node: Node, side: str) -> tuple[str, Node, Node | None]:
+    """What of kvc.attention nodes tells whether they would store the same K, or V."""
+    return side, argument(node, side), argument(node, "far") if side == "k" else None
+
+
+def halves(nodes: Sequence[Node]) -> list[tuple[int, str, int]]:
+    """(layer, side, lender) for kvc.attention nodes with the k or the v of an earlier one, and the
+    other side not of the same; or whose older keys are those of one. `lender` is the first that has
+    it."""
+    first: dict[tuple, int] = {}
+    found = [(i, side, first.setdefault(_held(n, side), i))
+             for i, n in enumerate(nodes) for side in SIDES]
+    found += [(i, "k", first["k", far, None]) for i, n in enumerate(nodes)
+              if (far := argument(n, "far")) is not None]
+    whole = owners(nodes)
+    return [(i, side, lender) for i, side, lender in found if lender != i and i not in whole]
 
 
 def owners(nodes: Sequence[Node]) -> dict[int, int]:
     """Layer -> the first one with the same k and v, for kvc.attention nodes that are not that."""
-    first: dict[tuple[Node, Node], int] = {}
-    each = enumerate((argument(n, "k"), argument(n, "v")) for n in nodes)
+    first: dict[tuple, int] = {}
+    each = enumerate((_held(n, "k"), _held(n, "v")) for n in nodes)
     return {i: owner for i, both in each if (owner := first.setdefault(both, i)) != i}
 
 

@@ -81,6 +81,7 @@ class Store:
     `slots`: what is known of every token is stored, too; `rest`: one more slot of every head stands
     for all that it has dropped. `side_by_side`: keys that are turned at read are given the
     positions right before the call's own, as if nothing stood between those that are kept.
+    `lent`: tiers, such as `k.body`, whose pages are another slot's: read, and never written.
     """
 
     k: Side
@@ -92,6 +93,7 @@ class Store:
     slots: bool = False
     rest: bool = False
     side_by_side: bool = False
+    lent: tuple[str, ...] = ()
 
     @staticmethod
     @cache
@@ -104,7 +106,8 @@ class Store:
         store = Store.of({a: v for a, v in axes.items() if v is not None})
         return replace(store, members=term.get("members", 1),  # type: ignore[arg-type]
                        slots=bool(term.get("slots")), rest=bool(term.get("rest")),
-                       side_by_side=bool(term.get("side_by_side")))
+                       side_by_side=bool(term.get("side_by_side")),
+                       lent=tuple(str(x).replace("_", ".") for x in term.get("lent", ())))  # type: ignore[union-attr]
 
     @staticmethod
     def of(axes: Mapping[str, object], own: int = 0) -> "Store":
@@ -142,6 +145,8 @@ class Store:
         if self.members > 1:
             args.append(("members", self.members))
         args += [(n, True) for n in ("slots", "rest", "side_by_side") if getattr(self, n)]
+        if self.lent:  # names hold no dots
+            args.append(("lent", tuple(key.replace(".", "_") for key in self.lent)))
         return str(Term("store", tuple(args)))  # type: ignore[arg-type]
 
     def side(self, name: str) -> Side:
@@ -238,6 +243,10 @@ class Store:
             tiers.append("body")
         return (*tiers, "recent") if self.side(name).delayed else tuple(tiers)
 
+    def written(self, name: str) -> tuple[str, ...]:
+        """The tiers of K or of V that have pages of their own."""
+        return tuple(tier for tier in self.tiers(name) if f"{name}.{tier}" not in self.lent)
+
     def ring(self, name: str, tier: str) -> int | None:
         """Tokens that the tier's pages hold at most, in whole pages; None: unbounded."""
         if name == SLOTS:
@@ -330,6 +339,7 @@ class Store:
             if key == SLOTS and not self.slots:
                 continue
             every, most = pages(*(key.split(".") if key != SLOTS else (SLOTS, "all")))
+            every = 0 if key in self.lent else every
             yield every * size + 4 * heads * rows * most
 
     def places(self, dims: tuple[int, int], dtype: torch.dtype, sizes: Sequence[Sequence[Any]]

@@ -14,6 +14,7 @@ from torch.fx.node import map_arg
 
 from kvcompile.ir import ATTENTION, argument
 from kvcompile.store import Store
+from kvcompile.structure.elements import width
 from kvcompile.structure.layout import Layout, Made, Segment
 from kvcompile.structure.sources import split_bias, weight_of
 from kvcompile.structure.writer import Writer
@@ -79,19 +80,18 @@ class Absorber(Writer):
 
     def cached(self, layout: Layout, numbers: Tensor, kept: dict[tuple, Node]) -> Node:
         """[B, groups, S, n]: these numbers of the cached tensors."""
-        key = (layout.nodes, tuple(numbers.flatten().tolist()), numbers.shape[0])
+        wanted, parts, at = numbers.flatten(), [], 0
+        for n in layout.nodes:
+            size = width(n)
+            if bool(((wanted >= at) & (wanted < at + size)).any()):  # it is used at all
+                parts.append((n, at, size))
+            at += size
+        ids = torch.cat([torch.arange(at, at + size) for _, at, size in parts])
+        order = torch.searchsorted(ids, wanted)
+        key = (tuple(n for n, *_ in parts), tuple(order.tolist()), numbers.shape[0])
         if key not in kept:
-            tokens = [self.per_token(n) for n in layout.nodes]
-            sizes = [int(t.meta["val"].shape[-1]) for t in tokens]
-            wanted, parts, at = numbers.flatten(), [], 0
-            for token, size in zip(tokens, sizes, strict=True):  # those that are used at all
-                if bool(((wanted >= at) & (wanted < at + size)).any()):
-                    parts.append((token, at, size))
-                at += size
-            ids = torch.cat([torch.arange(at, at + size) for _, at, size in parts])
-            order = torch.searchsorted(ids, wanted)
-            x = parts[0][0] if len(parts) == 1 else self.call(
-                aten.cat.default, [token for token, *_ in parts], -1)
+            tokens = [self.per_token(n) for n, *_ in parts]
+            x = tokens[0] if len(parts) == 1 else self.call(aten.cat.default, tokens, -1)
             if not torch.equal(order, torch.arange(len(ids))):
                 x = self.call(aten.index_select.default, x, -1, self.constant(order))
             x = self.call(aten.unflatten.int, x, -1, [numbers.shape[0], -1])

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from kvcompile.errors import RecipeError
 from kvcompile.ir import APPEND, ATTEND, BESIDE, EVICT, STORABLE, argument, attention_nodes
 from kvcompile.passes.chosen import Chosen
 from kvcompile.plan import LayerPlan
@@ -49,6 +50,11 @@ class InsertCache:
         if any(n.target is APPEND for n in graph.nodes):
             return []
         known = sites(graph)
+        for site, node in zip(known, nodes, strict=True):
+            lent = dict(site.lent) if site.owner is None else {"k.body": site.owner}
+            if argument(node, "far") is not None and "k.body" not in lent:
+                raise RecipeError(f"layer {site.layer}: its older keys are another layer's, which "
+                                  "is stored in another way; give both the same storage")
         shared = [Shared(layers, _inputs(graph, number, known[layers[0]]))
                   for number, layers in enumerate(groups(known))]
         ok = (_prefill if self.phase == "prefill" else _extend)(graph, nodes, known, shared)
@@ -90,11 +96,10 @@ def _prefill(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: lis
                         valid = chosen.stored(valid)
                     allowed = _call(graph, aten.bitwise_and.Tensor, valid, fine[-1])
                     planes, slot = place[members[0]]
-                    _append(graph, planes, [nodes[i] for i in members], [slot], allowed,
-                            site.layout)
+                    _append(graph, planes, [nodes[i] for i in members], [slot], allowed, site.own)
     for node in nodes:
         node.kwargs = {k: v for k, v in node.kwargs.items()
-                       if k not in ("store", "members", "rule")}
+                       if k not in ("store", "members", "rule", "far")}
     with graph.inserting_before(graph.output_node()):
         return [_call(graph, aten.cat.default, fine), *([chosen.kept()] if chosen else [])]
 
@@ -119,7 +124,11 @@ def _extend(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list
         for own in shared:
             every = [i for layer in own.layers for i in sites[layer].members or (layer,)]
             layers, layout = [nodes[i] for i in every], sites[own.layers[0]].layout
-            _append(graph, own.planes, layers, [*range(len(own.layers))], allowed, layout)
+            for store in dict.fromkeys(sites[layer].own for layer in own.layers):
+                alike = [i for i in own.layers if sites[i].own == store]
+                _append(graph, own.planes, [nodes[j] for i in alike
+                                            for j in sites[i].members or (i,)],
+                        [own.layers.index(i) for i in alike], allowed, store)
             if layout.slots:
                 _evict(graph, own.planes, layers, [m for i in own.layers if (m := mass[i])],
                        allowed, layout)

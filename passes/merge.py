@@ -18,7 +18,7 @@ from kvcompile.ir import argument, attention_nodes
 from kvcompile.plan import LayerPlan
 from kvcompile.recipe import Term
 from kvcompile.rewrite import Outcome, Refused, Rewritten
-from kvcompile.site import Site, sites
+from kvcompile.site import Site, halves, sites
 from kvcompile.store import Side, Store
 
 
@@ -52,6 +52,8 @@ class Merge:
                         if plan[i].get("merge") != members), "")
             why = why or next(filter(None, (_difference(known[i], known[last])
                                             for i in members[:-1])), "")
+            why = why or next((f"layer {i} reads {side.upper()} of layer {j}"
+                               for i, side, j in halves(nodes) if {i, j} & {*members}), "")
             why = why or next(filter(None, (_rebuilt(nodes[i]) for i in members)), "")
             if why:
                 outcomes += [Refused(i, why, nodes[last].name) for i in members]

@@ -1,5 +1,5 @@
-"""Methods by which layers attend to the K and V of earlier ones, and store none: axis `owner`; or
-compute their own from what an earlier one is given: axis `input`."""
+"""Methods by which layers attend to the K or the V of earlier ones, and store none: axes `owner.k`
+and `owner.v`; or compute their own from what an earlier one is given: axis `input`."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -15,14 +15,20 @@ from kvcompile.calibration.samples import Samples
 from kvcompile.errors import RecipeError
 from kvcompile.method import Axes, Method, Param
 from kvcompile.recipe import Recipe, Term
+from kvcompile.store import SIDES
 
 log = logging.getLogger(__name__)
 
 
-def _axes(layers: Sequence[int], owners: Sequence[int], align: bool) -> list[Axes]:
-    """`owners[i]` stores for layer `layers[i]`."""
-    return [{} if i == owner else {"owner": owner, **({"align": owner} if align else {})}
+def _axes(layers: Sequence[int], owners: Sequence[int], align: bool, side: str = "both"
+          ) -> list[Axes]:
+    """`owners[i]` stores K and V, or one `side`, for layer `layers[i]`."""
+    return [{} if i == owner else {**_owned(owner, side), **({"align": owner} if align else {})}
             for i, owner in zip(layers, owners, strict=True)]
+
+
+def _owned(owner: int, side: str = "both") -> Axes:
+    return {f"owner.{s}": owner for s in SIDES if side in (s, "both")}
 
 
 def _by_place(first: Callable[[int, int, Mapping[str, Any]], int]
@@ -41,7 +47,16 @@ def _map(p: Mapping[str, Any]) -> list[Axes]:
     if len(owners) != len(layers):
         raise RecipeError(f"{Term('map', (('map', owners),))}: names the owners of {len(owners)} "
                           f"layers, but {len(layers)} are claimed")
-    return _axes(layers, owners, p["align"])
+    return _axes(layers, owners, p["align"], p.get("side", "both"))
+
+
+def _pod(p: Mapping[str, Any]) -> list[Axes]:
+    layers, size = p["layers"], p["factor"]
+    own = {**({"sinks": p["sinks"]} if p["sinks"] else {}),
+           **({"lag.k": p["recent"]} if p["recent"] else {})}
+    firsts = [layers[i // size * size] for i in range(len(layers))]
+    return [{**own, **({} if i == j else {"owner.far": j, **({"align": j} if p["align"] else {})})}
+            for i, j in zip(layers, firsts, strict=True)]
 
 
 def _swiftkv(p: Mapping[str, Any]) -> list[Axes]:
@@ -49,7 +64,7 @@ def _swiftkv(p: Mapping[str, Any]) -> list[Axes]:
     later, size = layers[first:], p["across"]
     owners = [later[i // size * size] for i in range(len(later))]
     return [*({} for _ in layers[:first]), *({
-        **({"input": later[0]} if i != later[0] else {}), **({"owner": j} if i != j else {})}
+        **({"input": later[0]} if i != later[0] else {}), **(_owned(j) if i != j else {})}
         for i, j in zip(later, owners, strict=True))]
 
 
@@ -106,9 +121,12 @@ METHODS = (
         title="K and V of earlier layers, by hand",
         paper="arXiv:2405.12981",
         family="sharing",
-        params=(Param("map", (), help=f"{MAP}; its own number: its own"), ALIGN),
+        params=(Param("map", (), help=f"{MAP}; its own number: its own"),
+                Param("side", "both", choices=("both", *SIDES), help="what of the owner's it is; "
+                      "the other one stays each layer's own"), ALIGN),
         axes=_map,
-        note="any map of layers to owners that come earlier; without one nothing is shared",
+        note="any map of layers to owners that come earlier; without one nothing is shared. Two "
+        "terms, side=k and side=v, may have two maps",
     ),
     Method(
         name="cla",
@@ -140,6 +158,24 @@ METHODS = (
         axes=_by_place(lambda i, n, p: min(j for j in range(n)
                                            if j * p["owners"] // n == i * p["owners"] // n)),
         note="for models that were trained so; others lose much",
+    ),
+    Method(
+        name="pod",
+        title="PoD: proximal tokens over distant ones",
+        paper="arXiv:2412.02252",
+        family="sharing",
+        params=(
+            Param("factor", 2, minimum=1, help="neighbouring layers whose older keys are those of "
+                  "the first of them"),
+            Param("sinks", 16, minimum=0, help="first tokens whose keys stay each layer's own"),
+            Param("recent", 128, minimum=0, help="newest tokens whose keys stay each layer's own; "
+                  "0: those that wait in the recipe's own recent tier"),
+            ALIGN,
+        ),
+        axes=_pod,
+        note="K of distant tokens is stored once, V and the keys of proximal ones in every layer. "
+        "For models that were trained so; the paper's groups are runs of unequal length, of layers "
+        "with similar attention",
     ),
     Method(
         name="swiftkv",

@@ -50,7 +50,9 @@ class Place:
 
     def run(self, gm: GraphModule, plan: Sequence[LayerPlan]) -> list[Outcome]:
         nodes = attention_nodes(gm.graph)
-        regions = [_Region(node, own) for node, own in zip(nodes, plan, strict=True)]
+        far = {argument(node, "far") for node in nodes}  # older keys of other layers too
+        regions = [_Region(node, own, argument(node, "k") in far)
+                   for node, own in zip(nodes, plan, strict=True)]
         every = _merge(regions)
         network = Network(every.inputs.get, every.store, every.again)
         cut = network.cut([n for r in regions for n in (r.k, r.v)])
@@ -70,7 +72,8 @@ class Place:
             again = set(region.inputs)
             k, v = (made_of(side, chosen, again) for side in (region.k, region.v))
             if k.plain and v.plain:
-                return Rewritten(layer, "caches K and V")
+                return Rewritten(layer, "caches K and V" + ", since older keys are shared as they "
+                                 "are" * region.fixed)
             layout = lay(chosen, k, v)
         except Mixed as mixed:
             return Refused(layer, f"K and V stay: '{mixed.args[0].name}' mixes what is cached",
@@ -111,8 +114,9 @@ class Place:
 class _Region:
     """What lies behind one layer's K and V as far as it may be computed again at read."""
 
-    def __init__(self, node: Node, plan: LayerPlan) -> None:
+    def __init__(self, node: Node, plan: LayerPlan, fixed: bool) -> None:
         self.node, self.choice = node, str(plan.get("recompute", CHOICES[0]))
+        self.fixed = fixed or argument(node, "far") is not None
         if self.choice not in CHOICES:
             raise RecipeError(f"recompute={self.choice}: must be one of {', '.join(CHOICES)}")
         self.k, self.v = argument(node, "k"), argument(node, "v")
@@ -125,8 +129,10 @@ class _Region:
         self.inputs: dict[Node, list[Node] | None] = {}
         self.sides: dict[Node, str] = {}
         self.queries = self._cone(argument(node, "q"))
-        self.turned = set(_whole(self.k)) if self.choice == "turned" else set[Node]()
-        done = not given.plain or given.v_in_k or argument(node, "basis") or argument(node, "cos")
+        turned = self.choice == "turned" and not self.fixed
+        self.turned = set(_whole(self.k)) if turned else set[Node]()
+        done = self.fixed or not given.plain or given.v_in_k or any(
+            argument(node, name) is not None for name in ("basis", "cos"))
         linears: list[Node] = []
         for side, root in zip(SIDES, (self.k, self.v), strict=True):
             linears += self._walk(root, side, not done)

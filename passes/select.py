@@ -12,7 +12,7 @@ from kvcompile.plan import LayerPlan
 from kvcompile.recipe import Term
 from kvcompile.rewrite import Outcome, Refused, Rewritten
 from kvcompile.rule import Rule, options
-from kvcompile.site import owners
+from kvcompile.site import halves, owners
 from kvcompile.store import Store
 from kvcompile.structure.beside import output_weight, rotary
 
@@ -42,12 +42,20 @@ class Select:
         outcomes: list[Outcome] = []
         nodes = attention_nodes(gm.graph)
         shared = owners(nodes)
-        ruled = [i for i, own in enumerate(plan) if said(own) and i not in shared
+        told = "both would have to keep the same tokens"
+        bound = {lender: f"layer {i} reads its {side.upper()} too: {told}"
+                 for i, side, lender in reversed(halves(nodes))}
+        bound |= {i: f"its {side.upper()} is layer {lender}'s: {told}"
+                  for i, side, lender in halves(nodes)}
+        ruled = [i for i, own in enumerate(plan) if said(own) and i not in shared and i not in bound
                  and not any(argument(nodes[i], n) for n in ("window", "basis", "cos"))]
         for index, node in enumerate(nodes):
             axes = {a: v for a, v in plan[index].values.items() if a in self.axes}
             if said(plan[index]) and index in shared:
                 outcomes.append(Rewritten(index, f"as layer {shared[index]}"))
+                continue
+            if said(plan[index]) and index in bound:
+                outcomes.append(Refused(index, bound[index], node.name))
                 continue
             if said(plan[index]):
                 outcomes.append(_rule(node, axes, index, ruled, plan[index]))

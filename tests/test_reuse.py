@@ -62,7 +62,7 @@ def test_across_layers_one_stores():
 def test_axes():
     axes = plan("swiftkv(across=2)", 8)
     assert [p.get("input") for p in axes] == [None] * 5 + [4] * 3
-    assert [p.get("owner") for p in axes] == [None] * 5 + [4, None, 6]
+    assert [p.get("owner.k") for p in axes] == [None] * 5 + [4, None, 6]
     assert not any(p.values for p in plan("swiftkv(start=1)", 4))
 
 

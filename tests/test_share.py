@@ -39,13 +39,13 @@ def theirs(arch, owners, ids):
 
 @pytest.mark.parametrize("recipe", MAPS)
 def test_maps(recipe):
-    owners = [p.get("owner", i) for i, p in enumerate(plan(recipe, 4))]
+    owners = [p.get("owner.k", i) for i, p in enumerate(plan(recipe, 4))]
     assert owners == MAPS[recipe]
 
 
 def test_the_same_maps_on_some_layers():
-    assert [p.get("owner") for p in plan("cla(layers=2:)", 5)] == [None] * 3 + [2, None]
-    assert [p.get("owner") for p in plan("share(layers=[1, 3], map=[1, 1])", 4)] == [
+    assert [p.get("owner.v") for p in plan("cla(layers=2:)", 5)] == [None] * 3 + [2, None]
+    assert [p.get("owner.v") for p in plan("share(layers=[1, 3], map=[1, 1])", 4)] == [
         None, None, None, 1]
 
 
@@ -169,13 +169,13 @@ def test_other_windows_and_heads_are_refused():
     assert refused[1] == ("layer 0 has a window of 8, not 0 tokens", "attention_1")
     assert set(refused) == {1, 3}
     assert all(s.owner is None for s in report.sites)
-    with pytest.raises(RecipeError, match="layer 1 cannot attend to the K and V of 2: it must be"):
+    with pytest.raises(RecipeError, match="layer 1 cannot attend to the K of 2: it must be"):
         kvcompile.explain(optimized("llama"), "share(map=[0, 2, 2, 3])")
     with pytest.raises(RecipeError, match="names the owners of 2 layers, but 4 are claimed"):
         kvcompile.explain(optimized("llama"), "share(map=[0, 0])")
-    with pytest.raises(RecipeError, match="'cla' and 'mlkv' both set owner of layer 3"):
+    with pytest.raises(RecipeError, match="'cla' and 'mlkv' both set owner.k of layer 3"):
         kvcompile.explain(optimized("llama"), "cla+mlkv(owners=1)")
-    with pytest.raises(KVCompileError, match="cla: owner changes the model's graph, which a KVC"):
+    with pytest.raises(KVCompileError, match="cla: owner.k changes the model's graph, which a KVC"):
         kvcompile.KVCache(plain("llama").config, "cla+int8")
 
 

@@ -45,9 +45,9 @@ def linear(x: Any, weights: list[Any], biases: list[Any], *, gate: str = "") -> 
 def attention(q: Any, k: Any, v: Any, positions: Any, valid: Any, sinks: Any, *, scale: float,
               window: int = 0, softcap: float = 0.0, store: str = "store", layer: int = 0,
               members: Any = (), basis: Any = None, offset: Any = None, cos: Any = None,
-              sin: Any = None, style: str = "") -> Any:
+              sin: Any = None, style: str = "", far: Any = None) -> Any:
     """Any number of queries, each of which sees the exact tokens of the call."""
-    if not Store.parse(store).exact or basis is not None or cos is not None:
+    if not Store.parse(store).exact or any(x is not None for x in (basis, cos, far)):
         return None
     shape = _shape(q, k, v, scale, window, softcap, sinks)._replace(stored=False)
     return _many(shape, q, k, v, [], valid, sinks, Store.parse(store))

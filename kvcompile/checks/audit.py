@@ -35,6 +35,7 @@ from kvcompile.registry import module
 from kvcompile.rows import fused
 from kvcompile.rule import Rule
 from kvcompile.site import Site, sites
+from kvcompile.store import SIDES
 
 STEPS = 8  # tokens that are decoded
 
@@ -120,11 +121,25 @@ class Run:
         if given:
             k, v = (torch.cat([new.to(x.dtype), x[:, new.shape[1]:]], 1)
                     for new, x in zip(given[:2], (k, v), strict=True))
+        k, v, lent = self._borrowed(site, row, k, v)
         if self.rules[layer]:
             own = selected(site.store, held, self.ids[row][:past], k, v)
         else:
-            own = contract(site.store, k, v, member=site.place[1])
+            own = contract(site.store, k, v, member=site.place[1]) + lent
         return own + given.off.extended(past - given.k.shape[1]) if given else own
+
+    def _borrowed(self, site: Site, row: int, k: Tensor, v: Tensor
+                  ) -> tuple[Tensor, Tensor, Contract]:
+        """K and V with what other layers' pages hold of them, and how far that is from these."""
+        both = {"k": k.clone(), "v": v.clone()}
+        for key, lender in site.lent:
+            side, tier = key.split(".")
+            start, end = site.store.spans(side, k.shape[1])[tier]
+            first = 0 if tier == "sinks" else site.store.sinks
+            at, other = slice(first + start, first + end), self.seen[lender][row]
+            both[side][:, at] = other[side == "v"][:, at]
+        off = [(both[s].double() - x.double()).abs() for s, x in zip(SIDES, (k, v), strict=True)]
+        return both["k"], both["v"], replace(Contract.exact(k, v), k=off[0], v=off[1])
 
     def _check(self, layer: int, row: int, cache: OwnCache, new: Taps) -> LayerAudit:
         """A row's queries, the first, middle and last, over the cache and their own tokens."""
@@ -195,7 +210,7 @@ class Run:
             return 0
         counts = self.cache.rows if not site.rule else (
             self.cache.stored_tokens(site.layer).amax(1).tolist())
-        return site.layout.nbytes(site.dims, site.dtype, site.heads, counts)
+        return site.own.nbytes(site.dims, site.dtype, site.heads, counts)
 
 
 def _share(x: LayerAudit) -> float:
