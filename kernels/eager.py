@@ -178,9 +178,9 @@ def storable(k: list[Tensor], v: list[Tensor], k_limits: list[float], v_limits: 
 def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Tensor,
            valid: Tensor, sinks: Tensor | None, *, scale: float, window: int = 0,
            softcap: float = 0.0, store: str, slot: int = 0, layer: int = 0, mass: bool = False,
-           member: int = 0, basis: Tensor | None = None, offset: Tensor | None = None,
-           cos: Tensor | None = None, sin: Tensor | None = None, style: str = "",
-           at: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+           looks: int = 0, member: int = 0, basis: Tensor | None = None,
+           offset: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None,
+           style: str = "", at: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Attention over what is stored and, causally, over this call's exact tokens.
 
     Of layers stored together it is the one of number `member` that attends. `at` [2] are slot and
@@ -188,8 +188,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Ten
 
     Returns o [B, Hq, S, Dv], laid out token by token; the log-sum-exp of the logits [B, Hq, S] in
     fp32; and with `mass` [B, H, Store.places + S] in fp32, else [B, H, 0]: what the token of each
-    number gets of the softmax weights, summed over the query heads of its kv head and over S; this
-    call's tokens have the numbers that they will be stored under. 0, -inf and 0 for padding.
+    number gets of the softmax weights, summed over the query heads of its kv head and over S, or of
+    each row's queries the last `looks`, if that is not 0; this call's tokens have the numbers that
+    they will be stored under. 0, -inf and 0 for padding.
     With `basis` or `cos` the keys are rebuilt from what is stored and from k
     (`kernels/rebuild.py`); cos and sin have a row for each token of the sequence by number, this
     call's too.
@@ -235,7 +236,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Ten
                 o[row, queries][:, keep], lse[row, queries][:, keep] = out
             if mass:
                 all_k = torch.cat([old[0], new[1]], 1)
-                each = weight_of(new[0], all_k, out[1], scale, window, softcap)
+                asked = min(looks or tokens, new[0].shape[1])
+                each = weight_of(new[0][:, -asked:], all_k, out[1][:, -asked:], scale, window,
+                                 softcap)
                 weights[row, heads, : all_k.shape[1]] = each.unflatten(
                     0, (heads.stop - heads.start, -1)).sum(1)
     return o, lse, weights

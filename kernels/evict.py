@@ -203,8 +203,7 @@ def drop(heads: Heads, rule: Rule, newest: Tensor, dims: tuple[int, int], dtype:
     limit = heads.named["limit"].long()
     over = heads.count.long() - limit
     if hasattr(rule.scorer, "final"):
-        order = torch.where(held, position, LAST).argsort(dim=-1, stable=True)
-        score = rule.scorer.final(score, _keys(heads, dims, dtype, score.shape[1]), order)
+        _final(heads, rule, score, position, over, dims, dtype)
     if getattr(rule.scorer, "shared", False):
         score = score.unflatten(0, (-1, kv)).mean(1, keepdim=True).expand(-1, kv, -1).flatten(0, 1)
     recent = (limit * rule.recent).long() if isinstance(rule.recent, float) else rule.recent
@@ -220,16 +219,19 @@ def drop(heads: Heads, rule: Rule, newest: Tensor, dims: tuple[int, int], dtype:
         _pages(heads, score, over, dims, dtype)
 
 
-def _keys(heads: Heads, dims: tuple[int, int], dtype: torch.dtype, slots: int) -> Tensor:
-    """K of every slot, decoded: [N, slots, Dk] in fp32."""
-    out = torch.zeros(len(heads.count), slots, dims[0], device=heads.count.device)
+def _final(heads: Heads, rule: Rule, score: Tensor, position: Tensor, over: Tensor,
+           dims: tuple[int, int], dtype: torch.dtype) -> None:
+    """Score [N, slots] of the heads from which tokens leave, in place, from their decoded keys."""
     named = {name: p[None] if name.endswith(pages.OWN) else p
              for name, p in heads.named.items()}
     tiers = pages.tiers(heads.store, "k", named, dims[0], dtype)
-    for head, n in enumerate(heads.count.tolist()):
-        own = slice(head, head + 1)
-        out[head, :n] = pages.stored(heads.store, "k", tiers, 0, own, n)[0].float()
-    return out
+    slack = rule.every if movable(heads.store) else PAGE
+    full = over >= slack if not hasattr(rule.budgeter, "below") else heads.count > 0
+    for head in full.nonzero().flatten().tolist():
+        n, own = int(heads.count[head]), slice(head, head + 1)
+        keys = pages.stored(heads.store, "k", tiers, 0, own, n)[0].float()
+        order = position[head, :n].argsort(stable=True)
+        score[head, order] = rule.scorer.final(score[head, order], keys[order])
 
 
 def _tokens(heads: Heads, rule: Rule, score: Tensor, position: Tensor, over: Tensor,

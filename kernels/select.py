@@ -1,6 +1,7 @@
 """The bodies of kvc.score, kvc.prune and kvc.keep: what is stored of a prompt."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def score(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor, hin
     question before them. A row's scores are what the row gets alone.
     """
     parsed = Rule.parse(rule)
-    probe, question = hints.tolist()
+    probe, question = hints[:2].tolist()
     scores = torch.full(k.shape[:3], -torch.inf, device=k.device)
     measures = torch.zeros(len(k), device=k.device)
     for row, columns, own in _rows(valid, probe):
@@ -79,14 +80,18 @@ def keep(scores: list[Tensor], measures: list[Tensor], k: list[Tensor], v: list[
          ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """K [B, H, S', D], V, columns [B, H, S'] (int32, -1 at the end of a head) and scores of the
     tokens that each head of some layers keeps, in order. Budgets that span layers see all of
-    them."""
+    them. Further `hints`, where this is the first piece of a prompt: tokens of each row's whole
+    prompt."""
     parsed, probe = [Rule.parse(r) for r in rules], int(hints[0])
     kept: list[list[list[Tensor]]] = []             # row, layer, head
     both = [[x.clone() if r.merge and not r.apart or r.positions != "original" else x for x, r in
              zip(xs, parsed, strict=True)] for xs in (k, v)]
     for row, columns, own in _rows(valid, probe):
         each = [s[row][:, own] for s in scores]
-        chosen = select(parsed, [s.clone() for s in each], [float(m[row]) for m in measures])
+        budgets = [r.budgeter.told(int(hints[2 + row])) if len(hints) > 2 else r.budgeter
+                   for r in parsed]
+        chosen = select(parsed, [s.clone() for s in each], [float(m[row]) for m in measures],
+                        budgets)
         kept.append([[own[at] for at in heads] for heads in chosen])
         for i, rule in enumerate(parsed):
             keys, values = (x[i] for x in both)
@@ -117,20 +122,20 @@ def _gathered(x: Tensor, at: Tensor) -> Tensor:
     return x[rows[:, None, None], heads[:, None], at]
 
 
-def select(rules: Sequence[Rule], scores: list[Tensor], measures: Sequence[float]
-           ) -> list[list[Tensor]]:
+def select(rules: Sequence[Rule], scores: list[Tensor], measures: Sequence[float],
+           budgets: Sequence[Any]) -> list[list[Tensor]]:
     """Numbers of the tokens that each head of each layer keeps, ascending; scores [H, T] are lost.
 
     Of equal scores the earlier token stays. What is protected always does, and a head is never
     emptied.
     """
     tokens = scores[0].shape[1]
-    for rule, s in zip(rules, scores, strict=True):
+    for rule, budget, s in zip(rules, budgets, scores, strict=True):
         s[:, : rule.sinks] = torch.inf
-        recent = rule.protected(rule.budgeter.most(tokens, len(s))[1] // len(s))
+        recent = rule.protected(budget.most(tokens, len(s))[1] // len(s))
         s[:, tokens - min(tokens, recent):] = torch.inf
-    counts = rules[0].budgeter.counts(scores, measures) if rules[0].budgeter.across else [
-        r.budgeter.counts([s], [m])[0] for r, s, m in zip(rules, scores, measures, strict=True)]
+    counts = budgets[0].counts(scores, measures) if budgets[0].across else [
+        b.counts([s], [m])[0] for b, s, m in zip(budgets, scores, measures, strict=True)]
     chosen = []
     for s, numbers in zip(scores, counts, strict=True):
         least = s.isposinf().sum(-1).clamp(min=1).tolist()

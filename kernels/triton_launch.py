@@ -24,7 +24,7 @@ PROGRAMS = 2     # programs for each multiprocessor
 def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Tensor,
            valid: Tensor, sinks: Tensor | None, *, scale: float, window: int = 0,
            softcap: float = 0.0, store: str, slot: int = 0, layer: int = 0, mass: bool = False,
-           member: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+           looks: int = 0, member: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """As kvc.attend: o [B, Hq, S, Dv], the log-sum-exp [B, Hq, S], and what tokens weigh."""
     batch, hq, tokens, dk = q.shape
     heads, dv = k.shape[1], v.shape[3]
@@ -65,9 +65,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Ten
     if mass:
         at = names.index("part")
         names = triton_attend.arguments(parsed, shape, "mass")
-        given[at : at + 2] = [weights, lse, places]
+        given[at : at + 2] = [weights, _looking(lse, valid, looks), places]
         run(cut, "mass")
     return o, lse, weights
+
+
+def _looking(lse: Tensor, valid: Tensor, looks: int) -> Tensor:
+    """Log-sum-exps [B, Hq, S] under which only the last `looks` queries of a row have weights."""
+    if not looks or valid.shape[1] == 1:
+        return lse
+    left = valid.flip(1).cumsum(1).flip(1)
+    return lse.masked_fill((left > looks)[:, None], torch.inf)
 
 
 def append(planes: list[Tensor], k: list[Tensor], v: list[Tensor], positions: Tensor,

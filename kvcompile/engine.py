@@ -41,10 +41,12 @@ class Engine:
         self.taps: list[Tensor] = []  # what a graph gives beside logits and ok (checks/audit.py)
 
     def run(self, cache: OwnCache, ids: Tensor, positions: Tensor, valid: Tensor,
-            keep: Tensor, embeds: Tensor | None = None, question: int = 0) -> Tensor:
+            keep: Tensor, embeds: Tensor | None = None, question: int = 0,
+            whole: Sequence[int] = ()) -> Tensor:
         """Logits [B, N, V] for the columns `keep`, and the call's tokens stored in `cache`.
 
-        `question` is how many of a prompt's last tokens are its question, where rules ask for that.
+        `question` is how many of a prompt's last tokens are its question, where rules ask for that;
+        `whole` how many tokens each row's prompt has, of which this is the first of several pieces.
         """
         fresh = cache.get_seq_length() == 0
         planes = cache.begin(valid, positions)
@@ -54,7 +56,7 @@ class Engine:
             call = self._eager("prefill", embeds)
             if self.rules:
                 ids, positions, valid, probe = self._probed(ids, positions, valid)
-                hints = (torch.tensor([probe, question], device=valid.device),)
+                hints = (torch.tensor([probe, question, *whole], device=valid.device),)
         elif tokens == 1 and self.compile and embeds is None:
             call = self.step(batch, valid.device)  # compiled for rows that lie side by side
             ids, positions, valid = (x.contiguous() for x in (ids, positions, valid))
@@ -72,7 +74,7 @@ class Engine:
             raise KVCompileError(f"K or V of layer {layer.layer} holds NaN or numbers above "
                                  f"{limit:g}; nothing of this call was stored")
         if kept:
-            cache.store(kept, self.alone.append, tokens)
+            cache.store(kept, self.alone.append, tokens, whole)
             self._say_if_all(cache, kept)
         cache.commit(tokens)
         return logits

@@ -207,13 +207,13 @@ class Optimized(PreTrainedModel):
                 embeds: Tensor | None, question: int) -> Tensor:
         """Run a call in pieces of `prefill_chunk` tokens."""
         size, tokens = self.kvcompile.prefill_chunk or ids.shape[1], ids.shape[1]
-        parts = []
+        whole, parts = valid.sum(1).tolist() if size < tokens else (), []
         for start in range(0, tokens, size):
             at = slice(start, min(start + size, tokens))
             wanted = keep[(keep >= at.start) & (keep < at.stop)] - at.start
             parts.append(self.kvcompile.engine.run(
                 cache, ids[:, at], positions[:, at], valid[:, at], wanted,
-                None if embeds is None else embeds[:, at], question))
+                None if embeds is None else embeds[:, at], question, whole))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _stateless(self, ids: Tensor, positions: Tensor, valid: Tensor, keep: Tensor,

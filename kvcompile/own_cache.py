@@ -115,10 +115,11 @@ class OwnCache(KVCache):
             counts = counts.maximum(most)
         group.reserve(counts)
 
-    def store(self, kept: Sequence[Sequence[Tensor]], append: Callable[..., None], tokens: int
-              ) -> None:
+    def store(self, kept: Sequence[Sequence[Tensor]], append: Callable[..., None], tokens: int,
+              whole: Sequence[int] = ()) -> None:
         """Store what the layers with a rule keep of a prompt of so many columns (K, V, columns and
-        scores of each, as kvc.keep gives them), by `append`, which is kvc.append's."""
+        scores of each, as kvc.keep gives them), by `append`, which is kvc.append's. `whole`: the
+        tokens of each row's prompt, of which these are the first piece."""
         given = dict(zip((s.layer for s in self._sites if s.rule), kept, strict=True))
         self._prompt = tokens
         for group in (g for g in self.groups if g.site.rule):
@@ -126,10 +127,11 @@ class OwnCache(KVCache):
             store, places = group.store, [given[s.layer][2] for s in group.sites]
             counts = torch.stack([(at >= 0).sum(-1) for at in places]).cpu()
             if store.slots:
-                rules = [Rule.parse(s.rule) for s in group.sites]
+                budgets = [Rule.parse(s.rule).budgeter for s in group.sites]
                 group.plane("limit").copy_(torch.tensor([
-                    [rule.budgeter.limit(n, m) for n, m in zip(own, self._new, strict=True)]
-                    for rule, own in zip(rules, counts.tolist(), strict=True)]))
+                    [(b.told(m) if whole else b).limit(n, m)
+                     for n, m in zip(own, whole or self._new, strict=True)]
+                    for b, own in zip(budgets, counts.tolist(), strict=True)]))
             self._reserve(group, counts)
             for slot, (own, at) in enumerate(zip(group.sites, places, strict=True)):
                 k, v, _, scores, *rest = given[own.layer]

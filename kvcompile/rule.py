@@ -30,10 +30,13 @@ class Scorer(Protocol):
     time).
 
     One that scores the tokens that follow a prompt has `arrive(keys, positions, ids)`, or
-    `observe` where scores change with what each step attends to; a true attribute `adds` says that
-    what several queries give may be added up first. `cpp`, if there is one, is the same in C++: a
-    token's score of `position` where it arrives, or of `score`, `mass`, `fresh` (it is the step's
-    own) and `held` (how many tokens got some of the mass, a float), for the kernel of kvc.evict.
+    `observe` where scores change with what each step attends to; an attribute `looks` says of how
+    many of several queries, the last ones, the weights are added up first (0: of all), and without
+    it they are asked one by one. With `final(score, keys)` a head's tokens are scored when some
+    have to leave: score [T] and keys [T, Dk] of all that it holds, in order. `cpp`, if there is
+    one, is the same in C++: a token's score of `position` where it arrives, or of `score`, `mass`,
+    `fresh` (it is the step's own) and `held` (how many tokens got some of the mass, a float), for
+    the kernel of kvc.evict.
     """
 
     name: ClassVar[str]
@@ -46,7 +49,8 @@ class Scorer(Protocol):
 
 class Budget(Protocol):
     """How many tokens each head keeps. `across`: decided over all layers of the rule at once. With
-    a true attribute `fixed` the limit while decoding does not depend on the prompt."""
+    `told(tokens)`, which is the same budget for a prompt of so many, the limit while decoding does
+    not depend on what the prompt is."""
 
     name: ClassVar[str]
     across: ClassVar[bool]
@@ -182,9 +186,9 @@ class Rule:
         which heads go back to their budgets."""
         if not self.every:
             return "chooses once, among all of a prompt's tokens, which it must see at once"
-        if self.observes and not getattr(self.scorer, "adds", False):
+        if self.observes and not hasattr(self.scorer, "looks"):
             return f"{self.score.name} looks from single queries, not from several at once"
-        if not getattr(self.budgeter, "fixed", False):
+        if not hasattr(self.budgeter, "told"):
             return f"its budget, {self.budget}, is not known before a prompt's end"
         return ""
 

@@ -1,7 +1,9 @@
 """Budgets: how many tokens each head keeps. In tokens, or as the kept share of the prompt."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -46,9 +48,8 @@ class Uniform(Sized):
 
     name: ClassVar[str] = "uniform"
 
-    @property
-    def fixed(self) -> bool:
-        return self.tokens > 0
+    def told(self, tokens: int) -> Uniform:
+        return self if self.tokens else replace(self, tokens=size(0, self.ratio, tokens))
 
     def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
         return [[size(self.tokens, self.ratio, s.shape[1])] * len(s) for s in scores]
@@ -143,7 +144,9 @@ class Threshold(Sized):
 
     at: float = 0.0
     name: ClassVar[str] = "threshold"
-    fixed: ClassVar[bool] = True
+
+    def told(self, tokens: int) -> Threshold:
+        return self
 
     def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
         return [(s.shape[1] - self.below(s)).tolist() for s in scores]
@@ -219,9 +222,9 @@ class ByHead(Sized):
     share: float = 0.0
     name: ClassVar[str] = "byhead"
 
-    @property
-    def fixed(self) -> bool:
-        return not self.share
+    def told(self, tokens: int) -> ByHead:
+        each = tuple(max(n, int(self.share * tokens)) if n else 0 for n in self.of)
+        return replace(self, of=each, share=0.0)
 
     def _of(self, tokens: int) -> list[int]:
         return [max(n, int(self.share * tokens)) if n else UNBOUNDED for n in self.of]

@@ -192,6 +192,8 @@ def _attend(graph: Graph, node: Node, layout: Store, planes: list[Node], slot: i
     rule = argument(node, "rule")
     if rule and Rule.parse(rule).observes:
         options["mass"] = True
+        if looks := getattr(Rule.parse(rule).scorer, "looks", 0):
+            options["looks"] = looks
     options |= {n: node.kwargs[n] for n in ("basis", "offset", "cos", "sin", "style")
                 if n in node.kwargs}
     if member:

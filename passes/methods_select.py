@@ -45,7 +45,7 @@ def _random(p: Mapping[str, Any]) -> Axes:
 
 
 def _keydiff(p: Mapping[str, Any]) -> Axes:
-    return keep(Term("keydiff"), p)
+    return keep(Term("keydiff"), p, every=p["every"])
 
 
 def _expected(p: Mapping[str, Any]) -> Axes:
@@ -146,7 +146,8 @@ METHODS: tuple[Method, ...] = (
         axes=_random, note="no method at all: what the others have to beat",
     ),
     chosen(
-        "keydiff", 0.5,
+        "keydiff", 0.5, Param("every", 0, minimum=0, help="tokens over the budget that are dropped "
+              "together, while decoding, too; 0: choose once, of the prompt"),
         title="KeyDiff", paper="arXiv:2504.15364",
         axes=_keydiff, note="keys unlike the mean key stay",
     ),

@@ -72,7 +72,7 @@ class Received:
     how: str = "sum"
     name: ClassVar[str] = "received"
     cpp: ClassVar[str] = "fresh ? mass : score + mass"
-    adds: ClassVar[bool] = True
+    looks: ClassVar[int] = 0
     needs: ClassVar[tuple[str, ...]] = ()
 
     def prompt(self, x: Prompt) -> Tensor:
@@ -95,6 +95,7 @@ class Last:
 
     name: ClassVar[str] = "last"
     cpp: ClassVar[str] = "mass"
+    looks: ClassVar[int] = 1
     needs: ClassVar[tuple[str, ...]] = ()
     shared: ClassVar[bool] = True
 

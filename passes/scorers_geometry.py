@@ -63,8 +63,20 @@ class KeyDiff:
     needs: ClassVar[tuple[str, ...]] = ()
 
     def prompt(self, x: Prompt) -> Tensor:
-        anchor = normalize(x.keys, dim=-1).mean(1, keepdim=True)
-        return -cosine_similarity(x.keys, anchor, dim=-1)
+        return self._unlike(x.keys)
+
+    def arrive(self, keys: Tensor, positions: Tensor, ids: Tensor | None) -> Tensor:
+        """What `final` puts another score in place of."""
+        return torch.zeros(keys.shape[:3], device=keys.device)
+
+    def final(self, score: Tensor, keys: Tensor) -> Tensor:
+        return self._unlike(keys)
+
+    @staticmethod
+    def _unlike(keys: Tensor) -> Tensor:
+        """[..., T] of keys [..., T, Dk]."""
+        anchor = normalize(keys, dim=-1).mean(-2, keepdim=True)
+        return -cosine_similarity(keys, anchor, dim=-1)
 
 
 @dataclass(frozen=True)
@@ -183,6 +195,10 @@ class Redundant:
     name: ClassVar[str] = "redundant"
     needs: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def looks(self) -> int:
+        return self.window
+
     def prompt(self, x: Prompt) -> Tensor:
         window = min(self.window, x.tokens)
         first = x.tokens - window
@@ -193,17 +209,15 @@ class Redundant:
         return out
 
     def observe(self, score: Tensor, mass: Tensor, new: Tensor) -> Tensor:
-        """A running mean of the weights over about `window` steps."""
-        kept = 1 - 1 / self.window
-        return torch.where(new, mass, score * kept + mass / self.window)
+        """A running mean of the weights over about `window` queries; of as many at once their
+        mean. The prompt's window begins like what is new."""
+        queries = new.sum(-1, keepdim=True).clamp(1, self.window)
+        mean = score * (1 - queries / self.window) + mass / self.window
+        return torch.where(new | score.isinf(), mass / queries, mean)
 
-    def final(self, score: Tensor, keys: Tensor, order: Tensor) -> Tensor:
-        """What eviction goes by: score [N, slots], keys [N, slots, Dk] and their order in time."""
-        back = order.argsort(-1)
-        index = order[..., None].expand_as(keys)
-        part = redundancy(keys.gather(1, index), self.alike).gather(1, back)
-        weight = pooled(score.gather(1, order), self.kernel, "max").gather(1, back)
-        return self.mix * weight - (1 - self.mix) * part
+    def final(self, score: Tensor, keys: Tensor) -> Tensor:
+        weight = pooled(score, self.kernel, "max")
+        return self.mix * weight - (1 - self.mix) * redundancy(keys[None], self.alike)[0]
 
 
 def redundancy(keys: Tensor, alike: float) -> Tensor:

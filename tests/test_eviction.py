@@ -359,7 +359,7 @@ def test_windows_keep_their_own_tokens():
     ("adakv(scorer=snapkv(budget=3))", "budget belongs to the method around it"),
     ("adakv(scorer=snapk)", "unknown method 'snapk'; did you mean 'snapkv'?"),
     ("adakv(scorer=finch, budget=9)", "finch takes ratio= only"),
-    ("dms(scorer=keydiff)", "keydiff scores whole prompts, not the tokens that follow"),
+    ("dms(scorer=lagkv)", "lag scores whole prompts, not the tokens that follow"),
     ("h2o+protect", "unknown method 'protect'"),
     ("h2o+kivi(residual=96)", "blocks of 96 tokens are encoded together"),
     ("dms+kivi", "a threshold evicts single tokens"),
@@ -388,8 +388,8 @@ def test_a_budget_larger_than_the_prompt_is_said(caplog):
 
 @pytest.mark.parametrize(("recipe", "text"), [
     ("snapkv", "layer 0: chooses once, among all of a prompt's tokens, which it must see at once"),
-    ("tova(budget=20)", "layer 0: last looks from single queries, not from several at once"),
-    ("h2o(ratio=0.2)", "layer 0: its budget, uniform(ratio=0.2), is not known before a prompt's"),
+    ("keydiff", "layer 0: chooses once, among all of a prompt's tokens"),
+    ("scissorhands", "layer 0: ignored looks from single queries, not from several at once"),
     ("simlayerkv", "layer 0: its budget, lazy(")])
 def test_chunked_prompts_are_refused(recipe, text):
     with pytest.raises(KVCompileError) as info:
@@ -398,7 +398,8 @@ def test_chunked_prompts_are_refused(recipe, text):
 
 
 @pytest.mark.parametrize("recipe", [
-    "knorm(budget=24, decode=true)", "dms(scorer=knorm, threshold=-3, delay=9)+int8",
+    "knorm(budget=24, decode=true)", "knorm(ratio=0.2, decode=true)",
+    "dms(scorer=knorm, threshold=-3, delay=9)+int8",
     "duoattention(heads=[[1, 0], [0, 1]], sinks=2, recent=10)",
     "sepllm(separators=[7, 11, 20], recent=9)"])
 def test_what_is_scored_alone_is_kept_alike_in_pieces(recipe):
@@ -414,29 +415,109 @@ def test_what_is_scored_alone_is_kept_alike_in_pieces(recipe):
     assert torch.equal(a.stored_tokens(1), b.stored_tokens(1)) or "knorm" in recipe
 
 
-def test_h2o_adds_up_what_a_piece_gives_and_then_evicts():
-    """The first layer of a model whose prompt comes in pieces, against lists of tokens."""
-    model = kvcompile.optimize(optimized("llama:2"), "h2o(budget=24)", compile=False,
-                               prefill_chunk=40)
-    ids = prompt(130)
-    gm = optimized("llama:2").kvcompile.program.snapshots["capture"]
-    sample = Samples(gm, ids).attention[0]
-    q, k = sample.q[0].double(), sample.k[0].double()
-    group, got = len(q) // len(k), kvcompile.prefill(model, ids)
-    for head in range(len(k)):
-        kept, score = [], {}
-        for start in range(0, 130, 40):
-            new = [*range(start, min(start + 40, 130))]
+class Pieces:
+    """The first layer of a model whose prompts come in pieces, in fp64 over lists of tokens."""
+
+    def __init__(self, ids):
+        gm = optimized("llama:2").kvcompile.program.snapshots["capture"]
+        sample = Samples(gm, ids).attention[0]
+        self.q, self.k, self.scale = sample.q[0].double(), sample.k[0].double(), sample.scale
+        self.heads, self.group = len(self.k), len(self.q) // len(self.k)
+
+    def weights(self, head, query, seen):
+        """[G, tokens]: what a query gives the tokens `seen`."""
+        own = slice(head * self.group, (head + 1) * self.group)
+        return (self.q[own, query] @ self.k[head, seen].T * self.scale).softmax(-1)
+
+    def kept(self, tokens, size, limit, recent, scores, slack=1):
+        """[head]: what is held after pieces of `size`; scores(held by head, piece, first?)."""
+        held = [[] for _ in range(self.heads)]
+        for start in range(0, tokens, size):
+            new = [*range(start, min(start + size, tokens))]
+            score = scores(self, held, new)
+            for head in range(self.heads):
+                every = [*held[head], *new]
+                most = limit if not start or len(every) >= limit + slack else len(every)
+                free = sorted(every[: len(every) - recent], 
+                              key=lambda j: (score[head][j], j))  # noqa: B023
+                held[head] = sorted({*every} - {*free[: max(0, len(every) - most)]})
+        return held
+
+
+def added_up(total):
+    def scores(x, held, new):
+        for head, score in enumerate(total):
             for t in new:
-                seen = [*kept, *range(start, t + 1)]
-                logits = q[head * group : (head + 1) * group, t] @ k[head, seen].T * sample.scale
-                for j, w in zip(seen, logits.softmax(-1).mean(0).tolist(), strict=True):
+                seen = [*held[head], *range(new[0], t + 1)]
+                for j, w in zip(seen, x.weights(head, t, seen).mean(0).tolist(), strict=True):
                     score[j] = score.get(j, 0.0) + w
-            kept += new
-            free = sorted(kept[:-12], key=lambda j: (score[j], j))  # noqa: B023
-            kept = sorted({*kept} - {*free[: len(kept) - 24]})
-        assert got.positions(0)[0, head].tolist() == kept
-    assert got.stored_tokens(1).tolist() == [[24, 24]]
+        return total
+    return scores
+
+
+def last_query(x, held, new):
+    """The mean over all heads, of tokens that all heads hold."""
+    every = [*held[0], *new]
+    mean = torch.stack([x.weights(h, new[-1], every).mean(0) for h in range(x.heads)]).mean(0)
+    return [dict(zip(every, mean.tolist(), strict=True))] * x.heads
+
+
+def unlike_the_mean(x, held, new):
+    out = []
+    for head, kept in enumerate(held):
+        keys = x.k[head, [*kept, *new]]
+        mean = (keys / keys.norm(dim=-1, keepdim=True)).mean(0)
+        cos = keys @ mean / keys.norm(dim=-1) / mean.norm()
+        out.append(dict(zip([*kept, *new], (-cos).tolist(), strict=True)))
+    return out
+
+
+def redundant(x, held, new, n=4, mix=0.1, kernel=7, alike=0.5):
+    """R-KV, to which the last n queries of a piece look: of the prompt's first piece the largest
+    weight of a kv head's queries counts and the n tokens are apart, later the mean."""
+    out = []
+    for head, kept in enumerate(held):
+        every, got = [*kept, *new], {}
+        for t in new[-n:]:
+            seen = [*kept, *range(new[0], t + 1)]
+            for j, w in zip(seen, x.weights(head, t, seen).T / n, strict=True):
+                got[j] = got.get(j, 0.0) + w
+        weight = [float(got[j].mean() if kept else got[j].max()) for j in every]
+        weight = weight if kept else weight[:-n]
+        weight = [max(weight[max(0, i - kernel // 2) : i + kernel // 2 + 1])
+                  for i in range(len(weight))]
+        unit = x.k[head, every] / x.k[head, every].norm(dim=-1, keepdim=True)
+        cos = unit @ unit.T
+        for i, row in enumerate(cos):
+            row[i] = 0.0
+            row[(row > alike).nonzero().flatten()[-1:]] = 0.0
+        part = cos.mean(0).softmax(-1).tolist()
+        score = [mix * a - (1 - mix) * b for a, b in zip(weight, part, strict=False)]
+        out.append(dict(zip(every, [*score, *[0.0] * n], strict=False)))
+    return out
+
+
+@pytest.mark.parametrize(("recipe", "limit", "recent", "scores", "slack"), [
+    ("h2o(budget=24)", 24, 12, lambda: added_up([{}, {}]), 1),
+    ("h2o(ratio=0.2)", 26, 13, lambda: added_up([{}, {}]), 1),
+    ("tova(budget=24)", 24, 1, lambda: last_query, 1),
+    ("tova(ratio=0.3)", 39, 1, lambda: last_query, 1),
+    ("keydiff(budget=24, every=1)", 24, 0, lambda: unlike_the_mean, 1),
+    ("keydiff(ratio=0.1, every=30)", 13, 0, lambda: unlike_the_mean, 30),
+    ("r-kv(budget=24, every=1, window=4)", 24, 4, lambda: redundant, 1)])
+def test_heads_go_back_to_their_budgets_after_every_piece(recipe, limit, recent, scores, slack):
+    """A ratio is of the whole prompt, however many pieces it comes in."""
+    model = kvcompile.optimize(optimized("llama:2"), recipe, compile=False, prefill_chunk=40)
+    random = torch.Generator().manual_seed(0)          # keys of the same token could be equal
+    ids = (torch.randperm(125, generator=random)[None] + 3).repeat(1, 2)[:, :130]
+    got = kvcompile.prefill(model, ids)
+    want = Pieces(ids).kept(130, 40, limit, recent, scores(), slack)
+    assert [p.tolist() for p in got.positions(0)[0]] == want
+    padded = torch.nn.functional.pad(ids, (13, 0), value=9)
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (13, 0))
+    model = kvcompile.optimize(model, recipe, compile=False, prefill_chunk=50)
+    padded = kvcompile.prefill(model, padded, attention_mask=mask)
+    assert all(limit <= n < limit + slack for n in padded.stored_tokens(0).flatten().tolist())
 
 
 @pytest.mark.slow

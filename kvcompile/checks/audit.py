@@ -13,6 +13,7 @@ The whole model's logits are compared with those of the stateless graph: measure
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -66,13 +67,14 @@ class Run:
         self.prompts: dict[tuple[int, int], Prompt] = {}    # (layer, row)
         self.nodes = attention_nodes(program.graph_module.graph)
 
-    def call(self, ids: Tensor, positions: Tensor, valid: Tensor
+    def call(self, ids: Tensor, positions: Tensor, valid: Tensor, whole: Sequence[int] = ()
              ) -> tuple[list[LayerAudit], Tensor]:
-        """Run one call; what its queries saw, unless it is the first one, and logits [B, V]."""
+        """Run one call; what its queries saw, unless it is the first one, and logits [B, V].
+        `whole` as for `Engine.run`."""
         before = copy.deepcopy(self.cache)
         keep = torch.arange(ids.shape[1], device=ids.device)[-1:]
         with torch.no_grad():
-            logits = self.engine.run(self.cache, ids, positions, valid, keep)
+            logits = self.engine.run(self.cache, ids, positions, valid, keep, whole=whole)
         first, rows = not self.seen, range(len(ids))
         layers = read(self.engine.taps, self.names["prefill" if first else "extend"], self.nodes)
         if first:
@@ -236,8 +238,10 @@ def audit(program: Program, ids: Tensor, positions: Tensor | None = None,
     missing = unchecked(ids.device) if compile else ""
     run, worst = Run(program, compile and not missing), dict[int, LayerAudit]()
     logits = []
+    pieces = chunk and chunk < start and not any(rule and rule.whole for rule in run.rules)
+    whole = valid[:, :start].sum(1).tolist() if pieces else ()
     for a, b in zip(edges, edges[1:]):
-        told, own = run.call(ids[:, a:b], positions[:, a:b], valid[:, a:b])
+        told, own = run.call(ids[:, a:b], positions[:, a:b], valid[:, a:b], whole)
         logits += [own] if a >= start else []
         for found in told:
             worst[found.layer] = max(found, worst.get(found.layer, found), key=_share)
