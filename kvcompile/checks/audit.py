@@ -121,11 +121,12 @@ class Run:
         if given:
             k, v = (torch.cat([new.to(x.dtype), x[:, new.shape[1]:]], 1)
                     for new, x in zip(given[:2], (k, v), strict=True))
-        k, v, lent = self._borrowed(site, row, k, v)
+        k, v, lent = self._borrowed(site, row, k, v) if site.lent else (k, v, None)
         if self.rules[layer]:
             own = selected(site.store, held, self.ids[row][:past], k, v)
         else:
-            own = contract(site.store, k, v, member=site.place[1]) + lent
+            own = contract(site.store, k, v, member=site.place[1])
+            own = own + lent if lent else own
         return own + given.off.extended(past - given.k.shape[1]) if given else own
 
     def _borrowed(self, site: Site, row: int, k: Tensor, v: Tensor
