@@ -9,6 +9,7 @@ from torch import Tensor
 from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE, Planes, Side, StepPlane
 from kvcompile.kernels.dense import CPP
+from kvcompile.kernels.triton_source import TILES
 from kvcompile.kernels.wrapper import Wrapper, total
 from kvcompile.recipe import Term
 
@@ -150,9 +151,16 @@ class Direction(Wrapper):
         at = len(self.inner.planes(dim, dtype, side))
         length, *rest = planes[at:]
         place, exact = rest or (length, length)  # unused where no token is kept
-        return [f"x = direction_of(x0, x1, {length}, {place}, {exact}, page, keep, N, {dim}, "
-                f"DP, {self.kept}, {self.t}, {FLAT})",
-                *self.inner_triton_writer(dim, dtype, side, planes[:at])]
+        inside = self.inner_triton_writer(dim, dtype, side, planes[:at])
+        return [f"cosines = tl.zeros(({PAGE // self.triton_tile}, N), tl.float32)",
+                TILES, "cosines = collected(cosines, cosine_between(x0, x1, N, DP), part)",
+                TILES, f"x = direction_of(x0, x1, cosines, part, {length}, {place}, {exact}, page, "
+                f"keep, N, {dim}, DP, {self.kept}, {self.t}, {FLAT})", *inside]
+
+    @property
+    def triton_tile(self) -> int:
+        """Tokens that are merged at a time: two tiles of a whole page are more than registers."""
+        return max(32, self.inner.step)
 
     def limit(self, dtype: torch.dtype) -> float:
         return torch.finfo(torch.float16).max / 32  # a length is at most the root of 1,024 numbers

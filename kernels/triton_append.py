@@ -8,6 +8,7 @@ handles one tile of tokens of one (layer, row, kv head) and of K or V.
 import re
 from functools import cache
 from hashlib import sha256
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -40,9 +41,15 @@ def tokens(store: Store, side: Side, phase: str) -> int:
     return step if step > 1 else FEWEST
 
 
+def tile(store: Store, side: Side, phase: str) -> int:
+    """Tokens that are loaded at a time, of those of `tokens`."""
+    whole = tokens(store, side, phase)
+    return getattr(store.side(side).format, "triton_tile", whole) if phase == "encode" else whole
+
+
 def warps(store: Store, shape: Shape, phase: str) -> int:
     """Warps of a program: eight where a format needs whole blocks."""
-    most = max((tokens(store, side, phase) * ts.piece(store, dim, side, tokens(store, side, phase))
+    most = max((tile(store, side, phase) * ts.piece(store, dim, side, tokens(store, side, phase))
                 for side, dim in zip(SIDES, shape.dims, strict=True)
                 if "body" in store.tiers(side)), default=0)
     return 8 if phase == "encode" and most > ts.FEW else 4
@@ -79,7 +86,7 @@ def source(store: Store, shape: Shape, phase: str) -> str:
     if why:
         raise RecipeError(f"{store}: {why}")
     part = _encode if phase == "encode" else _keep
-    sides = {side: [re.sub(r"\bN\b", str(tokens(store, side, phase)), line)
+    sides = {side: [re.sub(r"\bN\b", str(tile(store, side, phase)), line)
                     for line in part(store, shape, side)] for side in SIDES}
     if not any(sides.values()):
         return ""
@@ -126,10 +133,10 @@ def _encode(store: Store, shape: Shape, side: Side) -> list[str]:
     width = ts.piece(store, dim, side, tokens(store, side, "encode"))
     planes = ts.moved(store, fmt, dim, side, ts.names(store, side, "body", dim, shape.dtype), width)
     lines = [*ts.span(store, "n", side, "old_"), *ts.span(store, "after", side, "")]
+    whole = tokens(store, side, "encode")
     lines += ["start = tl.maximum(old_end, first)",
-              "base = (start // N + tl.program_id(0)) * N",
-              "index = base + tl.arange(0, N)",
-              "keep = (index >= start) & (index < end)"]
+              f"base = (start // {whole} + tl.program_id(0)) * {whole}"]
+    found = ["index = base + tl.arange(0, N)", "keep = (index >= start) & (index < end)"]
     inner = _new(store, shape, side, f"index + {store.sinks} - n", "keep & (index >= before)",
                  width)
     if "recent" in store.tiers(side):
@@ -146,12 +153,26 @@ def _encode(store: Store, shape: Shape, side: Side) -> list[str]:
             "keep = leaving"]
     inner += [*(f"{x} = {x}.to(tl.float32)" for x in ts.tiles(store)),
               "page, at = " + ts.page(side, "body", store.ring(side, "body"), "base")
-              + ", base % 128",
-              *ts.writer(store, fmt, dim, shape.dtype, side, planes, width)]
+              + ", base % 128"]
+    stored = ts.writer(store, fmt, dim, shape.dtype, side, planes, width)
+    if ts.TILES in stored:
+        return [*lines, "if base < end:", *ts.indent(_passes([*found, *inner], stored, whole))]
+    inner += stored
     if width < dim:
         inner = ["whole = keep", f"for piece in range({dim // width}):",
                  *ts.indent(["keep = whole", *inner])]
-    return [*lines, "if base < end:", *ts.indent(inner)]
+    return [*lines, *found, "if base < end:", *ts.indent(inner)]
+
+
+def _passes(loaded: list[str], stored: list[str], tokens: int) -> list[str]:
+    """The writer's statements, each part between `TILES` over all tiles of the block."""
+    first, *passes = (list(part) for is_mark, part in
+                      groupby([*stored], lambda line: line == ts.TILES) if not is_mark)
+    lines = ["block = base", *first]
+    for part in passes:
+        lines += [f"for part in range({tokens} // N):",
+                  *ts.indent(["base = block + part * N", *loaded, *part])]
+    return lines
 
 
 def _keep(store: Store, shape: Shape, side: Side) -> list[str]:

@@ -5,7 +5,8 @@ tile [N, DP] of the N tokens from `at` on of page `page` (`planes`: the names of
 planes; `keep` [N]: which tokens count; `constants`: to the
 layer's, `kvcompile/constants.py`), and what writes them by `triton_writer`, statements that
 store the tile `x` [N, DP] of fp32 numbers there. Of layers that lie together `triton_member` reads
-one, and `triton_member_writer` stores the tiles `x0`, `x1`, ... N and DP are put in by the
+one, and `triton_member_writer` stores the tiles `x0`, `x1`, ... A writer of whole blocks may take
+them in tiles of `triton_tile` tokens, several times over (`TILES`). N and DP are put in by the
 skeletons: DP is `padded(dim)`, or fewer channels where a format says with `triton_pieces` that they
 can be written by themselves; `triton_free` are planes for which the writer may find other numbers
 of the same meaning than `encode`. The functions that all may call lie in `kernels/triton/`.
@@ -31,6 +32,8 @@ from kvcompile.format import Format, Side, term_of
 from kvcompile.store import SIDES, Store
 
 FEW = 2048  # numbers of a tile that is encoded
+TILES = "tiles"  # a writer's statement: what follows is done for each tile of the block, up to the
+#                  next; the tiles are loaded each time, as more than one is too much for registers
 HELPERS = tuple(sorted(file.stem for file in (Path(__file__).parent / "triton").glob("*.py")))
 TRITON = {torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16", torch.float32: "tl.float32"}
 WIDEST = 256  # channels of a head

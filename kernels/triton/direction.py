@@ -86,26 +86,48 @@ def unit(x, size):
 
 
 @triton.jit
-def direction_of(a, b, length, place, exact, page, keep, N: tl.constexpr, D: tl.constexpr,
-                 DP: tl.constexpr, KEPT: tl.constexpr, T: tl.constexpr, FLAT: tl.constexpr):
-    """Store the lengths of a and b [128, DP], and whole the KEPT tokens whose directions differ
-    most; the directions between them."""
-    t = tl.arange(0, N)
+def cosine_between(a, b, N: tl.constexpr, DP: tl.constexpr):
+    """The cosines [N] of the angles between a's and b's tokens."""
+    cosine = across(unit(a, size_of(a, N, DP)) * unit(b, size_of(b, N, DP)), N, DP)
+    return tl.minimum(tl.maximum(cosine, -1.0), 1.0)
+
+
+@triton.jit
+def collected(all, some, part):
+    """`all` [parts, N] with `some` [N] as the part of that number."""
+    at = tl.arange(0, all.shape[0])
+    return tl.where((at == part)[:, None], some[None, :], all)
+
+
+@triton.jit
+def rank_of(own, t, all):
+    """How many of `all` come before each of `own`, those of the numbers t: smaller ones, and of
+    equal ones the first."""
+    other = tl.arange(0, all.shape[0])[None, :]
+    less = (all[None, :] < own[:, None]) | ((all[None, :] == own[:, None]) & (other < t[:, None]))
+    return tl.sum(less.to(tl.int32), 1)
+
+
+@triton.jit
+def direction_of(a, b, cosines, part, length, place, exact, page, keep, N: tl.constexpr,
+                 D: tl.constexpr, DP: tl.constexpr, KEPT: tl.constexpr, T: tl.constexpr,
+                 FLAT: tl.constexpr):
+    """Store the lengths of a and b [N, DP], a part of a page, and whole those among the KEPT tokens
+    of the page whose directions differ most; the directions between them.
+
+    `cosines` [128 / N, N] are the whole page's.
+    """
+    t = part * N + tl.arange(0, N)
     c = tl.arange(0, DP)[None, :]
     first, second = size_of(a, N, DP), size_of(b, N, DP)
     tl.store(length + page * 256 + t, first.to(tl.float16), mask=keep)
     tl.store(length + page * 256 + 128 + t, second.to(tl.float16), mask=keep)
-    cosine = across(unit(a, first) * unit(b, second), N, DP)
-    cosine = tl.minimum(tl.maximum(cosine, -1.0), 1.0)
-    left = cosine
-    whole = tl.max(keep.to(tl.int32), 0) > 0
-    for r in range(KEPT):
-        p = tl.min(tl.where(left == tl.min(left, 0), t, N), 0)
-        left = tl.where(t == p, 2.0, left)
-        tl.store(place + page * KEPT + r, p.to(tl.uint8), mask=whole)
-        row = exact + (page * 2 * KEPT + r) * D + c + t[:, None] * 0
-        mine = (keep & (t == p))[:, None] & (c < D)
-        tl.store(row, a.to(exact.dtype.element_ty), mask=mine)
-        tl.store(row + KEPT * D, b.to(exact.dtype.element_ty), mask=mine)
-    u, v = between(cosine, T, FLAT)
+    own = cosine_between(a, b, N, DP)
+    rank = rank_of(own, t, tl.reshape(cosines, (128,)))
+    mine = keep & (rank < KEPT)
+    tl.store(place + page * KEPT + rank, t.to(tl.uint8), mask=mine)
+    row = exact + (page * 2 * KEPT + rank[:, None]) * D + c
+    tl.store(row, a.to(exact.dtype.element_ty), mask=mine[:, None] & (c < D))
+    tl.store(row + KEPT * D, b.to(exact.dtype.element_ty), mask=mine[:, None] & (c < D))
+    u, v = between(own, T, FLAT)
     return u[:, None] * unit(a, first) + v[:, None] * unit(b, second)
