@@ -46,9 +46,9 @@ def _xkv(p: Mapping[str, Any]) -> list[Axes]:
         raise RecipeError(f"groups={groups}: must be a list of lists of layers")
     around = {side: Term("subspace", (("rank", p[f"rank_{side}"]), ("basis", p["basis"])))
               for side in "kv"}
-    more: Axes = {"recompute": "turned"} if p["prerope"] else {}
-    if p["window"]:  # tokens wait for whole pages (passes/merge.py)
-        more |= {f"lag.{side}": p["window"] + PAGE - 1 for side in "kv"}
+    turned = {"recompute": "turned"} if p["prerope"] else {}
+    lag = p["window"] + PAGE - 1  # tokens wait for whole pages (passes/merge.py)
+    more = {**turned, **({f"lag.{side}": lag for side in "kv"} if p["window"] else {})}
     least = min(size, 2)
     return [{**axes, **more} if axes else axes for axes in together(
         "groups", [group for group in groups if len(group) >= least], layers, around)]

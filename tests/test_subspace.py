@@ -14,6 +14,7 @@ from kvcompile.format import step_bytes
 from kvcompile.kernels.subspace import Subspace
 from kvcompile.models.tiny import tiny
 from kvcompile.plan import plan
+from kvcompile.recipe import parse_term
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -48,6 +49,14 @@ def test_the_factors_are_the_svd(dim):
     whole = sum(rank >= min(dim, 128) for rank in (16, 32, 64, 96, 128))
     assert all(a > b for a, b in zip(errors, errors[1 : len(errors) - whole + 1], strict=False))
     assert errors[-1] <= 1e-6 * x.norm()
+
+
+def test_no_block_is_no_error():
+    for fmt in (Subspace(), Subspace(basis="same"), Subspace(of=parse_term("int(bits=4)"))):
+        like, none = (fmt.encode(torch.zeros(2, n, 64), "k") for n in (128, 0))
+        assert {n: (x.dtype, x.shape[2:]) for n, x in like.items()} == {
+            n: (x.dtype, x.shape[2:]) for n, x in none.items()}
+        assert fmt.decode(none, 64, torch.float32, "k").shape == (2, 0, 64)
 
 
 def test_vectors_in_8_bits_cost_little():
