@@ -131,6 +131,9 @@ FAULTS = {
         "C++: the first token after a flush is not written", "kernels/cpp/append.h",
         "if (number >= Q::end(n + 1)) Recent::write", "if (number > Q::end(n + 1)) Recent::write",
         KERNELS, "method-kivi-"),
+    "cpp-evict-sinks": Fault(
+        "C++: the first tokens of a head are evicted like any other", "kernels/cpp/evict.h",
+        " || positions[n] < first + rule.sinks)", ")", "test_evict_kernel.py"),
 }
 
 

@@ -8,6 +8,11 @@ the prose that follows a context, 64 tokens in one call, or 8 where tokens are e
 decoding. Of an answer the share of its digits counts that are likeliest after those before them,
 because this model seldom gets all five right at this length. One line of JSON a row, as soon as it
 is known; what OUT holds already is not run again. `--print` prints the table.
+
+    python tests/selection_table.py out.jsonl --speed [--context N] [--steps N] [--ratios 0.25]
+
+appends, for the few recipes of `SPEED` or those given, the milliseconds of a compiled decode step
+after such a context, the median of steps interleaved with those of `full`; `--print` shows them.
 """
 
 import argparse
@@ -16,6 +21,8 @@ import gc
 import json
 import math
 import operator
+import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +51,9 @@ RECIPES = (
     "h2o(ratio={ratio})", "cake(ratio={ratio})", "scissorhands(ratio={ratio})",
     "finch(ratio={ratio}, positions=original)", "qfilters(ratio={ratio})",
     "duoattention(full={ratio})", "d2o(ratio={ratio})", "cam(ratio={ratio})")
+SPEED = ("snapkv(ratio={ratio})", "pyramidkv(ratio={ratio})", "adakv(ratio={ratio})",
+         "h2o(ratio={ratio})", "tova(ratio={ratio})", "streamingllm(window=1024)",
+         "knorm(ratio={ratio})", "kvzip(ratio={ratio})", "duoattention(full={ratio})")
 
 
 class Text:
@@ -153,11 +163,36 @@ def row(model: Any, recipe: str, ratio: float | None, texts: list[Text]) -> dict
     return out
 
 
+@torch.no_grad()
+def step_times(model: Any, recipe: str, ids: torch.Tensor, steps: int, calibration: Any
+               ) -> dict[str, Any]:
+    """Median milliseconds of `recipe`'s and of full's decode step after the prompt `ids`."""
+    both, took = (kvcompile.optimize(model, recipe, calibration=calibration), model), ([], [])
+    caches = [kvcompile.prefill(m, ids) for m in both]
+    for step in range(steps + 3):                        # the first ones compile and warm up
+        for m, cache, mine in zip(both, caches, took, strict=True):
+            start = time.perf_counter()
+            m(ids[:, :1], past_key_values=cache, use_cache=True)
+            if step >= 3:
+                mine.append(1000 * (time.perf_counter() - start))
+    ms, full = map(statistics.median, took)
+    return {"recipe": recipe, "speed": {"context": ids.shape[1], "steps": steps, "ms": ms,
+                                        "full": full}}
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """The rows as Markdown, and below those whose speed is known."""
+    known = [r for r in rows if "speed" in r]
+    rows = [r for r in rows if "speed" not in r]
     head = ("recipe", "KV bytes", "of full", "perplexity", "passkey", "needle", "passkey, asked",
             "needle, asked")
-    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * 7 + "|"]
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * 7 + "|"] if rows else []
+    if known:
+        speeds = ["| recipe | context | ms per token | full beside it | of full |",
+                  "|---" + "|---:" * 4 + "|"]
+        speeds += [f"| `{r['recipe']}` | {s['context']:,} | {s['ms']:.1f} | {s['full']:.1f} | "
+                   f"{s['ms'] / s['full']:.2f} |" for r in known for s in (r["speed"],)]
+        return "\n".join([*([table(rows), ""] if rows else []), *speeds])
     for r in rows:
         right = [r.get(f"{kind}.{how}") for how in ("agnostic", "aware")
                  for kind in ("passkey", "needle")]
@@ -175,17 +210,28 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=4, help="of passkeys, and of needles")
     parser.add_argument("--ratios", type=float, nargs="*", default=(0.5, 0.25, 0.1))
     parser.add_argument("--print", action="store_true")
+    parser.add_argument("--speed", action="store_true", help="time decode steps instead")
+    parser.add_argument("--context", type=int, default=TOKENS, help="tokens before timed steps")
+    parser.add_argument("--steps", type=int, default=30, help="timed steps of each")
     given = parser.parse_intermixed_args()
     if given.print:
         print(table([json.loads(line) for line in given.out.read_text().splitlines()]))
         return
     model, tokenizer = smollm2(torch.float32)
     exact = kvcompile.optimize(model, "full")
+    calibration = topics_ids(tokenizer, 2 * 512, 100_000).view(2, 512)
+    if given.speed:
+        ids = prose(model, tokenizer, given.context, 0)
+        for recipe in SPEED if given.recipes is RECIPES else given.recipes:
+            own = recipe.replace("{ratio}", str(given.ratios[0]))
+            with given.out.open("a") as file:
+                file.write(json.dumps(step_times(exact, own, ids, given.steps, calibration)) + "\n")
+            gc.collect()
+        return
     texts = [Text(exact, tokenizer, keys, seed) for seed in range(given.examples)
              for keys in (1, 4)]
-    calibration = topics_ids(tokenizer, 2 * 512, 100_000).view(2, 512)
-    done = {json.loads(line)["recipe"] for line in given.out.read_text().splitlines()} if (
-        given.out.exists()) else set()
+    rows = map(json.loads, given.out.read_text().splitlines()) if given.out.exists() else ()
+    done = {r["recipe"] for r in rows if "speed" not in r}
 
     def note(recipe: str, ratio: float | None) -> None:
         if recipe in done:
