@@ -61,6 +61,9 @@ class Subspace(Wrapper):
 
     def encode(self, x: Tensor, side: Side) -> dict[str, Tensor]:
         dim, blocks = x.shape[-1], x.unflatten(-2, (-1, PAGE))           # [..., n, 128, dim]
+        if not blocks.numel():
+            like = self.encode(x.new_zeros(*x.shape[:-2], PAGE, dim), side)
+            return {name: y.narrow(x.dim() - 2, 0, 0) for name, y in like.items()}
         flat = blocks.double().reshape(-1, PAGE, dim)
         # one by one: a block is stored as it is alone, bit by bit
         both = [_factors(block, self.ranks(dim)) for block in flat]

@@ -62,9 +62,10 @@ class Merge:
                 what = _merge([nodes[i] for i in members], known[last], members, own)
             except RecipeError as error:
                 raise RecipeError(f"{own.origin['merge'].name}: layer {last}: {error}") from error
-            outcomes += [Rewritten(i, f"one {what} with layer "
-                                   + ", ".join(str(j) for j in members if j != i))
-                         for i in members]
+            for i in members:
+                others = ", ".join(str(j) for j in members if j != i)
+                outcomes.append(Rewritten(i, f"one {what} with layer {others}" if others else
+                                          f"{what} of its own"))
         return outcomes
 
 

@@ -47,8 +47,11 @@ def _xkv(p: Mapping[str, Any]) -> list[Axes]:
     around = {side: Term("subspace", (("rank", p[f"rank_{side}"]), ("basis", p["basis"])))
               for side in "kv"}
     turned = {"recompute": "turned"} if p["prerope"] else {}
-    return [{**axes, **turned} if axes else axes for axes in together(
-        "groups", [group for group in groups if len(group) > 1], layers, around)]
+    lag = p["window"] + PAGE - 1  # tokens wait for whole pages (passes/merge.py)
+    more = {**turned, **({f"lag.{side}": lag for side in "kv"} if p["window"] else {})}
+    least = min(size, 2)
+    return [{**axes, **more} if axes else axes for axes in together(
+        "groups", [group for group in groups if len(group) >= least], layers, around)]
 
 
 def free(layers: Sequence[int], start: float) -> Sequence[int]:
@@ -123,13 +126,16 @@ METHODS = (Method(
     paper="arXiv:2503.18893",
     family="sharing",
     params=(
-        Param("group", 4, minimum=2, help="neighbouring layers that are factored together"),
+        Param("group", 4, minimum=1, help="neighbouring layers that are factored together; 1: each "
+              "by itself"),
         Param("rank_k", 32, choices=RANKS, help="vectors that K of 128 tokens of a kv head is "
               "mixed of, in all layers of a group"),
         Param("rank_v", 64, choices=RANKS, help="those of V"),
         Param("basis", "int8", choices=("int8", "same"), help="what these vectors are stored in: 8 "
               "bits or the model's type"),
         Param("prerope", True, help="K is stored before its rotation and turned at every read"),
+        Param("window", 0, choices=(0, 128, 256, 512, 1024), help="newest tokens, at least, that "
+              "stay exact; 0: those that wait in the recipe's own recent tier"),
         Param("groups", (), help="the groups of layers by hand"),
     ),
     axes=_xkv,

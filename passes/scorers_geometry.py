@@ -183,9 +183,11 @@ class Filter:
 class Redundant:
     """R-KV: mix * importance - (1 - mix) * redundancy.
 
-    Importance is the weight from the last `window` queries, the largest of a kv head's, smoothed by
-    a maximum; redundancy the softmax of the mean cosine to all other keys, where each key's newest
-    near-duplicate (cosine above `alike`) is not counted against it. The window itself stays.
+    Importance is the mean weight from the last `window` queries, the softmax over the tokens before
+    them of a kv head's largest logits, smoothed by a maximum; redundancy the softmax of the mean
+    cosine to all other keys, where each key's newest near-duplicate (cosine above `alike`) is not
+    counted against it; a key that has none spares the first token, as in the authors' code. The
+    window itself stays.
     """
 
     mix: float = 0.1
@@ -202,7 +204,10 @@ class Redundant:
     def prompt(self, x: Prompt) -> Tensor:
         window = min(self.window, x.tokens)
         first = x.tokens - window
-        weight = pooled(x.looked(window).mean(2).amax(1), self.kernel, "max")
+        logits = x.queries[:, :, first : x.tokens] @ x.keys[:, None, :first].mT * x.scale
+        if x.softcap:
+            logits = x.softcap * torch.tanh(logits / x.softcap)
+        weight = pooled(logits.amax(1).softmax(-1).mean(1), self.kernel, "max")
         final = self.mix * weight - (1 - self.mix) * redundancy(x.keys, self.alike)[:, :first]
         out = torch.full((x.heads, x.tokens), torch.inf, device=x.k.device)
         out[:, :first] = final
@@ -230,8 +235,7 @@ def redundancy(keys: Tensor, alike: float) -> Tensor:
         cos = unit[:, rows] @ unit.transpose(1, 2)
         cos.masked_fill_(rows[:, None] == at, 0.0)
         newest = torch.where(cos > alike, at, 0).amax(-1, keepdim=True)
-        spared = torch.where(cos.gather(-1, newest) > alike, 0.0, cos.gather(-1, newest))
-        total += cos.scatter(-1, newest, spared).sum(1)
+        total += cos.scatter(-1, newest, 0.0).sum(1)
     return (total / tokens).softmax(-1)
 
 

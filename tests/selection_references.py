@@ -196,17 +196,16 @@ def r_kv(layers: list[Layer], n: int, mix: float, w: int, kernel: int, alike: fl
     out = []
     for q, k, _ in layers:
         heads, t = [], q.shape[1]
-        for head, keys in zip(matrix(q, k), k.double(), strict=True):
-            weight = head[:, t - w :, : t - w].mean(1).amax(0).tolist()
+        for head, keys in zip(q.double().unflatten(0, (HEADS, -1)), k.double(), strict=True):
+            logits = torch.stack([x[t - w :] @ keys[: t - w].T * SCALE for x in head])
+            weight = logits.max(0).values.softmax(-1).mean(0).tolist()
             half = kernel // 2
             weight = [max(weight[max(0, i - half) : i + half + 1]) for i in range(t - w)]
             unit = keys / (keys.norm(dim=-1, keepdim=True) + 1e-8)
             cos = (unit @ unit.T).tolist()
             for i in range(t):
                 cos[i][i] = 0.0
-                close = [j for j in range(t) if cos[i][j] > alike]
-                if close:
-                    cos[i][max(close)] = 0.0
+                cos[i][max([j for j in range(t) if cos[i][j] > alike], default=0)] = 0.0
             mean = torch.tensor([sum(cos[i][j] for i in range(t)) / t for j in range(t)],
                                 dtype=torch.float64)
             red = mean.softmax(0).tolist()

@@ -473,8 +473,8 @@ def unlike_the_mean(x, held, new):
 
 
 def redundant(x, held, new, n=4, mix=0.1, kernel=7, alike=0.5):
-    """R-KV, to which the last n queries of a piece look: of the prompt's first piece the largest
-    weight of a kv head's queries counts and the n tokens are apart, later the mean."""
+    """R-KV, for which the last n queries of a piece look: of the prompt's first piece the largest
+    logits of a kv head's queries count and the n tokens are apart, later the mean weight."""
     out = []
     for head, kept in enumerate(held):
         every, got = [*kept, *new], {}
@@ -482,15 +482,18 @@ def redundant(x, held, new, n=4, mix=0.1, kernel=7, alike=0.5):
             seen = [*kept, *range(new[0], t + 1)]
             for j, w in zip(seen, x.weights(head, t, seen).T / n, strict=True):
                 got[j] = got.get(j, 0.0) + w
-        weight = [float(got[j].mean() if kept else got[j].max()) for j in every]
-        weight = weight if kept else weight[:-n]
+        weight = [float(got[j].mean()) for j in every]
+        if not kept:
+            own = x.q[head * x.group : (head + 1) * x.group, new[-n] : new[-1] + 1]
+            logits = (own @ x.k[head, every[:-n]].T * x.scale).max(0).values
+            weight = logits.softmax(-1).mean(0).tolist()
         weight = [max(weight[max(0, i - kernel // 2) : i + kernel // 2 + 1])
                   for i in range(len(weight))]
         unit = x.k[head, every] / x.k[head, every].norm(dim=-1, keepdim=True)
         cos = unit @ unit.T
         for i, row in enumerate(cos):
             row[i] = 0.0
-            row[(row > alike).nonzero().flatten()[-1:]] = 0.0
+            row[max((row > alike).nonzero().flatten().tolist(), default=0)] = 0.0
         part = cos.mean(0).softmax(-1).tolist()
         score = [mix * a - (1 - mix) * b for a, b in zip(weight, part, strict=False)]
         out.append(dict(zip(every, [*score, *[0.0] * n], strict=False)))

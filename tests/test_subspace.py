@@ -8,11 +8,13 @@ from support import greedy, optimized, plain, prompt
 from transformers import AttentionInterface
 
 import kvcompile
+from kvcompile.checks.view import slots
 from kvcompile.errors import KVCompileError, RecipeError
 from kvcompile.format import step_bytes
 from kvcompile.kernels.subspace import Subspace
 from kvcompile.models.tiny import tiny
 from kvcompile.plan import plan
+from kvcompile.recipe import parse_term
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -47,6 +49,14 @@ def test_the_factors_are_the_svd(dim):
     whole = sum(rank >= min(dim, 128) for rank in (16, 32, 64, 96, 128))
     assert all(a > b for a, b in zip(errors, errors[1 : len(errors) - whole + 1], strict=False))
     assert errors[-1] <= 1e-6 * x.norm()
+
+
+def test_no_block_is_no_error():
+    for fmt in (Subspace(), Subspace(basis="same"), Subspace(of=parse_term("int(bits=4)"))):
+        like, none = (fmt.encode(torch.zeros(2, n, 64), "k") for n in (128, 0))
+        assert {n: (x.dtype, x.shape[2:]) for n, x in like.items()} == {
+            n: (x.dtype, x.shape[2:]) for n, x in none.items()}
+        assert fmt.decode(none, 64, torch.float32, "k").shape == (2, 0, 64)
 
 
 def test_vectors_in_8_bits_cost_little():
@@ -251,3 +261,35 @@ def test_what_cannot_be_grouped():
         Subspace(basis="int4")
     with pytest.raises(KVCompileError, match="xkv.*: merge changes the model's graph, which a KVC"):
         kvcompile.KVCache(plain("llama").config, "xkv(prerope=false)")
+
+
+def test_one_layer_by_itself_behind_a_window():
+    """CSKV's two branches: older tokens of low rank, at least the newest 128 exact."""
+    model = kvcompile.optimize(tiny("llama", num_hidden_layers=2, head_dim=64),
+                               "xkv(group=1, rank_k=16, rank_v=32, basis=same, window=128, "
+                               "prerope=false)", compile=False)
+    ids = prompt(300)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        exact = kvcompile.optimize(model, "full", compile=False)(ids, use_cache=True)
+    assert cache.nbytes == kvcompile.explain(model).kv_bytes(300)
+    for layer in range(2):
+        _, *held = slots(cache, layer, 0)
+        _, *whole = slots(exact.past_key_values, layer, 0)
+        for x, y, rank in zip(held, whole, (16, 32), strict=True):
+            for head, (now, was) in enumerate(zip(x, y, strict=True)):
+                want = cut(was[:128], rank)[0]
+                assert (now[:128] - want).abs().max() <= 2.0**-16 * was.abs().max(), head
+                assert torch.linalg.matrix_rank(now[:128], rtol=1e-4) == rank
+            assert torch.equal(x[:, 128:], y[:, 128:])
+    row = next(r for r in kvcompile.explain(model).rows if r.name == "merge")
+    assert row.what == "subspace of its own"
+
+
+@pytest.mark.parametrize("recipe", ["xkv(group=1)+kivi(bits=4)", "xkv(group=1, window=256)"])
+def test_one_layer_by_itself_keeps_the_laws(recipe):
+    model = kvcompile.optimize(tiny("llama", num_hidden_layers=2, head_dim=64), recipe,
+                               compile=False, verify=True)
+    with torch.no_grad():
+        cache = model(prompt(450, 2), use_cache=True).past_key_values
+    assert cache.nbytes == kvcompile.explain(model).kv_bytes(450, 2)
