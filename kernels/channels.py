@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvcompile.errors import RecipeError
 from kvcompile.format import Planes, Side, StepPlane
+from kvcompile.kernels.triton_source import inside
 from kvcompile.kernels.wrapper import Wrapper
 from kvcompile.recipe import Term
 
@@ -75,6 +76,12 @@ class Channels(Wrapper):
         if left % 16:
             raise RecipeError(f"{left} channels are left, which is no multiple of 16")
         return f"Channels<{self.inner_cpp(left, dtype, side)}, {dim}, {left}, {self.step}>"
+
+    def triton(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]) -> str:
+        """The tile of the channels that are stored, in their places, and zeros."""
+        left = self.stay(dim)
+        tile = inside(self.inner_triton(left, dtype, side, planes[:-2]), left)
+        return f"spread({tile}, {planes[-2]}, page, at, N, {left}, {dim}, DP, {self.step})"
 
 
 FORMAT = Channels

@@ -9,6 +9,7 @@ from torch import Tensor
 from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE, Planes, Side, StepPlane
 from kvcompile.kernels.dense import CPP
+from kvcompile.kernels.triton_source import inside
 from kvcompile.kernels.wrapper import Wrapper
 from kvcompile.recipe import Term
 
@@ -119,6 +120,23 @@ class Subspace(Wrapper):
         apart = [0] * len(self.inner.planes(rank, dtype, side))
         return (f"Subspace<{inside}, {dim}, {rank}, {dim * members}, {number}>",
                 [*apart, dim, *([0] if self.basis == "int8" else []), 0])
+
+    def triton(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]) -> str:
+        """The tile of all `dim` channels (`kernels/triton/wrapper.py`)."""
+        return self._triton(dim, 1, dtype, side, planes, "0")
+
+    def triton_member(self, dim: int, members: int, dtype: torch.dtype, side: Side,
+                      planes: list[str]) -> str:
+        """The tile of `dim` channels of one of the `members` that lie side by side."""
+        return self._triton(dim, members, dtype, side, planes, f"member * {dim}")
+
+    def _triton(self, dim: int, members: int, dtype: torch.dtype, side: Side, planes: list[str],
+                first: str) -> str:
+        rank, scaled = self.ranks(dim * members), self.basis == "int8"
+        at = len(self.inner.planes(rank, dtype, side))
+        tile = inside(self.inner_triton(rank, dtype, side, planes[:at]), rank)
+        return (f"mixed({tile}, {planes[at]}, {planes[at + scaled]}, page, {first}, {rank}, "
+                f"{dim * members}, {dim}, DP, {scaled})")
 
 
 def _factors(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,8 @@ HELPERS = tuple(sorted(file.stem for file in (Path(__file__).parent / "triton").
 TRITON = {torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16", torch.float32: "tl.float32"}
 WIDEST = 256  # channels of a head
 # fields of a Store; one that has others set is refused
-UNDERSTOOD = ("k", "v", "sinks", "window", "members", "v_in_k", "slots", "lent")
+UNDERSTOOD = ("k", "v", "sinks", "window", "members", "v_in_k", "slots", "rest",
+              "lent")
 HEAD = "import triton\nimport triton.language as tl\n"
 
 
@@ -97,6 +98,11 @@ def writer(store: Store, fmt: Format, dim: int, dtype: torch.dtype, side: Side, 
         lines = of(fmt, "triton_member_writer", "writer of several layers")(
             dim, store.members, dtype, side, planes)
     return [_wide(line, width or padded(dim)) for line in lines]
+
+
+def inside(text: str, dim: int) -> str:
+    """A reader's or writer's text for the `dim` channels of a format inside another."""
+    return _wide(text, padded(dim))
 
 
 def _wide(text: str, width: int) -> str:

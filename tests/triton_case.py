@@ -45,7 +45,12 @@ STORES = {  # what the recipes make, and the corners of the formats
                       "v=direction(of=int(bits=2)), v_block=128, members=2)",
     "minicache": "store(k=direction(kept=3), k_block=128, v=direction(of=int(bits=4)), v_block=128,"
                  " members=2)",
+    "channels": "store(k=channels(drop=0.3, of=int(bits=4, axis=channel), block=32), k_lag=9)",
+    "subspace": "store(k=subspace(rank=16), k_lag=64, v=subspace(of=int(bits=8), basis=same), "
+                "members=2)",
+    "rest": "store(v=int, slots=true, rest=true)",
 }
+APPENDED = [name for name in STORES if name not in ("channels", "subspace")]  # no writers
 
 MOVED = ("store(slots=true)", "store(k=int, v=int(bits=2), slots=true)",
          "store(k=nf4, v=hadamard(of=int(bits=4, symmetric=true)), slots=true)",

@@ -17,7 +17,7 @@ if not interpreted():
 if not installed():
     pytest.skip("no Triton: pip install triton", allow_module_level=True)
 
-from triton_case import MOVED, STORES, Case, moved_alike, stored_alike  # noqa: E402
+from triton_case import APPENDED, MOVED, STORES, Case, moved_alike, stored_alike  # noqa: E402
 
 NARROW = "store(k=int(bits=2, axis=channel, group=16), v=int(bits=4, group=16), v_lag=20)"
 OPTIONS = {
@@ -70,7 +70,7 @@ def test_attend_with_options(name):
     Case(**OPTIONS[name]).check()
 
 
-@pytest.mark.parametrize("name", slow(LAWS | TWICE))
+@pytest.mark.parametrize("name", slow(LAWS | TWICE, APPENDED))
 def test_append_is_the_body_bit_for_bit(name):
     stored_alike(STORES[name])
 
