@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvcompile.errors import RecipeError
 from kvcompile.format import Planes, Side, StepPlane
-from kvcompile.kernels.triton_source import inside
+from kvcompile.kernels.triton_source import TRITON, inside, interpreted
 from kvcompile.kernels.wrapper import Wrapper
 from kvcompile.recipe import Term
 
@@ -81,7 +81,8 @@ class Channels(Wrapper):
         """The tile of the channels that are stored, in their places, and zeros."""
         left = self.stay(dim)
         tile = inside(self.inner_triton(left, dtype, side, planes[:-2]), left)
-        return f"spread({tile}, {planes[-2]}, page, at, N, {left}, {dim}, DP, {self.step})"
+        return (f"spread({tile}, {planes[-2]}, page, at, N, {left}, {dim}, DP, {self.step}, "
+                f"{TRITON[dtype]}, {interpreted()})")
 
 
 FORMAT = Channels

@@ -12,6 +12,7 @@ from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE, term_of
 from kvcompile.format import Side as SideName
 from kvcompile.kernels.dense import CPP
+from kvcompile.kernels.rebuild import Made
 from kvcompile.store import SIDES, Store
 
 FOLDER = Path(__file__).parent / "cpp"
@@ -20,19 +21,6 @@ READERS = tuple(FOLDER / f"{name}.h" for name in (
 FILES = (*READERS, FOLDER / "rebuild.h", FOLDER / "attend.h")
 TIERS = ("sinks", "body", "recent")
 MOST = 1024  # channels of a head
-
-
-class Made(NamedTuple):
-    """How keys are made of what is stored (kernels/rebuild.py)."""
-
-    dim: int                    # channels of a key
-    keys: int = 1               # of a stored head
-    basis: bool = False
-    offset: bool = False
-    rotary: int = 0             # channels that are turned
-    style: str = ""
-    angles: torch.dtype = torch.float32
-    parts: torch.dtype = torch.float32    # of basis and offset
 
 
 class Shape(NamedTuple):

@@ -5,12 +5,36 @@ rotation stands between the factors, so that no query can absorb the second one.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvcompile.kernels.rotary import rope
+
+
+class Made(NamedTuple):
+    """What kernels are told of how keys are made of what is stored."""
+
+    dim: int                    # channels of a key
+    keys: int = 1               # of a stored head
+    basis: bool = False
+    offset: bool = False
+    rotary: int = 0             # channels that are turned
+    style: str = ""
+    angles: torch.dtype = torch.float32
+    parts: torch.dtype = torch.float32    # of basis and offset
+
+
+def made(dim: int, heads: int, basis: Any, offset: Any, cos: Any, style: str) -> Made | None:
+    """That of keys of `dim` channels, from operands that have `shape` and `dtype`; None: keys are
+    stored as they are read."""
+    parts = offset if basis is None else basis
+    if parts is None and cos is None:
+        return None
+    return Made(int(dim), 1 if basis is None else int(basis.shape[0]) // heads, basis is not None,
+                offset is not None, 0 if cos is None else int(cos.shape[-1]), style,
+                *(torch.float32 if x is None else x.dtype for x in (cos, parts)))
 
 
 class Rebuild(NamedTuple):

@@ -9,7 +9,7 @@ from torch import Tensor
 from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE, Planes, Side, StepPlane
 from kvcompile.kernels.dense import CPP
-from kvcompile.kernels.triton_source import inside
+from kvcompile.kernels.triton_source import TRITON, inside, interpreted
 from kvcompile.kernels.wrapper import Wrapper
 from kvcompile.recipe import Term
 
@@ -136,7 +136,7 @@ class Subspace(Wrapper):
         at = len(self.inner.planes(rank, dtype, side))
         tile = inside(self.inner_triton(rank, dtype, side, planes[:at]), rank)
         return (f"mixed({tile}, {planes[at]}, {planes[at + scaled]}, page, {first}, {rank}, "
-                f"{dim * members}, {dim}, DP, {scaled})")
+                f"{dim * members}, {dim}, DP, {scaled}, {TRITON[dtype]}, {interpreted()})")
 
 
 def _factors(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:

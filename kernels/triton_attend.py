@@ -19,6 +19,7 @@ from kvcompile.kernels import triton_tiles as tiles
 from kvcompile.kernels.triton_attend_shape import (
     Shape,
     Tile,
+    operands,
     rows,
     shape_of,
     tile,
@@ -28,8 +29,8 @@ from kvcompile.kernels.triton_attend_shape import (
 )
 from kvcompile.store import Store
 
-__all__ = ["Shape", "Tile", "arguments", "arithmetic", "name", "rows", "shape_of", "source", "tile",
-           "turns", "unsupported", "width"]
+__all__ = ["Shape", "Tile", "arguments", "arithmetic", "name", "operands", "rows", "shape_of",
+           "source", "tile", "turns", "unsupported", "width"]
 
 
 def arithmetic(dtype: torch.dtype) -> Arithmetic:
@@ -49,8 +50,10 @@ def name(store: Store, shape: Shape, cut: Tile, what: str = "attend") -> str:
 def arguments(store: Store, shape: Shape, what: str = "attend") -> list[str]:
     """The kernel's parameters in order."""
     results = ["part", "stats"] if what == "attend" else ["mass", "lse", "places"]
-    return ["q", "k", "v", "numbers", *ts.parameters(store, shape.dims, shape.dtype), *results,
-            "slot", *(["member"] if store.members > 1 else []), "batch", "tokens", "splits",
+    made = [*operands(shape), *(["cos_row"] if "cos" in operands(shape) else [])]
+    return ["q", "k", "v", "numbers", *made, *ts.parameters(store, shape.dims, shape.dtype),
+            *results, "slot", *(["member"] if store.members > 1 else []), "batch", "tokens",
+            "splits",
             *(f"{x}_{d}" for x in "qkv" for d in ("row", "head", "token")),
             *ts.sizes(store, shape.dims, shape.dtype)]
 

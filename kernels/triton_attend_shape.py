@@ -7,6 +7,7 @@ import torch
 
 from kvcompile.format import Side
 from kvcompile.kernels import triton_source as ts
+from kvcompile.kernels.rebuild import Made
 from kvcompile.store import SIDES, Store
 
 
@@ -21,14 +22,22 @@ class Shape(NamedTuple):
     window: int = 0
     softcap: float = 0.0
     one: bool = True            # one query token a row
+    made: Made | None = None    # where keys are rebuilt at read; Dk is that of what is stored
+
+    @property
+    def key(self) -> int:
+        """Channels of a query and of the keys that it meets."""
+        return self.made.dim if self.made else self.dims[0]
 
 
 def shape_of(store: Store, heads: int, q_heads: int, dims: tuple[int, int], dtype: torch.dtype,
-             scale: float, window: int = 0, softcap: float = 0.0, one: bool = True) -> Shape:
+             scale: float, window: int = 0, softcap: float = 0.0, one: bool = True,
+             made: Made | None = None) -> Shape:
     """The shape of a site's kernels. Where V is a part of K the sums have all channels of K: a tile
     is decoded once for both, and the results' other channels are left out (`merge`)."""
     dims = (dims[0], dims[0]) if store.v_in_k else dims
-    return Shape(heads, q_heads // heads, dims, dtype, scale, window, softcap, one)
+    return Shape(heads, q_heads // heads, dims, dtype, scale, window, softcap, one,
+                 made)
 
 
 class Tile(NamedTuple):
@@ -43,14 +52,15 @@ class Tile(NamedTuple):
 def tile(store: Store, shape: Shape) -> Tile:
     """What needs no tuning: decoded tiles that fit four warps' registers, and codes that come 16
     bytes a load."""
-    wide = max(map(ts.padded, shape.dims))
+    wide = max(map(ts.padded, (*shape.dims, shape.key)))
     held = [s for s in SIDES if "body" in store.tiers(s)]
     thin = min((_bits(store, shape, side) for side in held), default=16)
     many = max((len(ts.names(store, s, "body", shape.dims[SIDES.index(s)], shape.dtype))
                 for s in held), default=1)
     room = 2048 if shape.dtype is torch.float32 else 8192 if thin <= 2 else 4096
     queries = 1 if shape.one else max(1, min(16, 32 // shape.queries))
-    return Tile(min(128, max(16, room // wide)), queries, 8 if many > 4 else 4)
+    heavy = many > 4 or bool(shape.made and shape.made.basis)
+    return Tile(min(128, max(16, room // wide)), queries, 8 if heavy else 4)
 
 
 def _bits(store: Store, shape: Shape, side: Side) -> float:
@@ -59,6 +69,13 @@ def _bits(store: Store, shape: Shape, side: Side) -> float:
     wide = dim * store.members
     planes = fmt.planes(wide, shape.dtype, side).values()
     return max(8 * prod(p.shape) * p.dtype.itemsize / (fmt.step * wide) for p in planes)
+
+
+def operands(shape: Shape) -> list[str]:
+    """The operands that keys are made with."""
+    made = shape.made or Made(shape.dims[0])
+    has = {"basis": made.basis, "offset": made.offset, "cos": made.rotary, "sin": made.rotary}
+    return [name for name, given in has.items() if given]
 
 
 def rows(shape: Shape, cut: Tile) -> int:
@@ -70,6 +87,8 @@ def unsupported(store: Store, shape: Shape) -> str | None:
     """Why no kernel can be printed; None if one can."""
     if shape.queries > 64:
         return f"{shape.queries} query heads share a kv head; at most 64 can"
+    if shape.key > ts.WIDEST:
+        return f"keys of {shape.key} channels; {ts.WIDEST} is the most"
     return ts.missing(store, shape.dims, shape.dtype, "reader")
 
 

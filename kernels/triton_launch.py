@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompile.kernels import evict, triton_append, triton_attend, triton_evict, triton_tune
+from kvcompile.kernels import (
+    evict,
+    rebuild,
+    triton_append,
+    triton_attend,
+    triton_evict,
+    triton_tune,
+)
 from kvcompile.kernels.triton_attend_shape import Tile
 from kvcompile.kernels.triton_source import WIDEST, helpers, kernel, padded, parameters
 from kvcompile.store import Store
@@ -22,15 +29,18 @@ PROGRAMS = 2     # programs for each multiprocessor
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Tensor,
-           valid: Tensor, sinks: Tensor | None, *, scale: float, window: int = 0,
-           softcap: float = 0.0, store: str, slot: int = 0, layer: int = 0, mass: bool = False,
-           looks: int = 0, member: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+           valid: Tensor, sinks: Tensor | None, basis: Tensor | None = None,
+           offset: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None, *,
+           scale: float, window: int = 0, softcap: float = 0.0, store: str, slot: int = 0,
+           layer: int = 0, mass: bool = False, looks: int = 0, member: int = 0, style: str = "",
+           ) -> tuple[Tensor, Tensor, Tensor]:
     """As kvc.attend: o [B, Hq, S, Dv], the log-sum-exp [B, Hq, S], and what tokens weigh."""
-    batch, hq, tokens, dk = q.shape
-    heads, dv = k.shape[1], v.shape[3]
+    batch, hq, tokens, _ = q.shape
+    heads, dk, dv = k.shape[1], k.shape[3], v.shape[3]
     parsed = Store.parse(store)
     shape = triton_attend.shape_of(parsed, heads, hq, (dk, dv), q.dtype, scale, window, softcap,
-                                   _one(tokens))
+                                   _one(tokens), rebuild.made(q.shape[3], heads, basis, offset, cos,
+                                                              style))
     v = k if parsed.v_in_k else v
     splits = parts(batch, heads, q.device)
     numbers = numbered(valid)
@@ -38,8 +48,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Ten
     part = q.new_empty((batch, heads, tokens, hq // heads, splits, width), dtype=torch.float32)
     stats = q.new_empty((batch, heads, tokens, hq // heads, splits, 2), dtype=torch.float32)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    given = [q, k, v, numbers, *_held(parsed, planes, shape.dims, q.dtype), part, stats, slot,
-             *([member] if parsed.members > 1 else []), batch, tokens, splits,
+    made: list[Any] = [x.contiguous() for x in (basis, offset, cos, sin) if x is not None]
+    if cos is not None:
+        made.append(cos.shape[2] * cos.shape[3] if cos.shape[0] > 1 else 0)
+    given = [q, k, v, numbers, *made, *_held(parsed, planes, shape.dims, q.dtype), part, stats,
+             slot, *([member] if parsed.members > 1 else []), batch, tokens, splits,
              *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
              *(p.shape[3] for p in tables(parsed, planes, (dk, dv), q.dtype))]
     names = triton_attend.arguments(parsed, shape)

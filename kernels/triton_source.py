@@ -39,7 +39,7 @@ TRITON = {torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16", torch.floa
 WIDEST = 256  # channels of a head
 # fields of a Store; one that has others set is refused
 UNDERSTOOD = ("k", "v", "sinks", "window", "members", "v_in_k", "slots", "rest",
-              "lent")
+              "side_by_side", "lent")
 HEAD = "import triton\nimport triton.language as tl\n"
 
 

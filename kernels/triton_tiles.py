@@ -4,7 +4,14 @@ import re
 
 from kvcompile.format import Side
 from kvcompile.kernels import triton_source as ts
-from kvcompile.kernels.triton_attend_shape import Shape, Tile, rows, turns, width
+from kvcompile.kernels.triton_attend_shape import (
+    Shape,
+    Tile,
+    operands,
+    rows,
+    turns,
+    width,
+)
 from kvcompile.store import SIDES, Store
 
 LOG2E = 1.4426950408889634
@@ -12,7 +19,7 @@ LOG2E = 1.4426950408889634
 
 def begin(store: Store, shape: Shape, cut: Tile) -> list[str]:
     """The queries of this program."""
-    g, dk, m = shape.queries, shape.dims[0], rows(shape, cut)
+    g, dk, m = shape.queries, shape.key, rows(shape, cut)
     dtype = ts.TRITON[shape.dtype]
     lines = [
         f"N: tl.constexpr = {cut.tokens}",
@@ -32,11 +39,18 @@ def begin(store: Store, shape: Shape, cut: Tile) -> list[str]:
         "column[:, None] * q_token + channel[None, :]",
         _load_query(shape),
     ]
-    size = turns(store, "k", dk)
+    size = _turns(store, shape, "k")
     if size:
         lines.append(f"turned_query = turn(query.to(tl.float32), {m}, {ts.padded(dk)}, {size})"
                      f".to({dtype})")
+    if shape.made and shape.made.rotary:
+        lines += ["cos += row * cos_row", "sin += row * cos_row"]
     return lines
+
+
+def _turns(store: Store, shape: Shape, side: Side) -> int:
+    """As `turns`; keys that are rebuilt are turned back before that."""
+    return 0 if shape.made and side == "k" else turns(store, side, shape.dims[SIDES.index(side)])
 
 
 def sums(store: Store, shape: Shape, cut: Tile) -> list[str]:
@@ -45,7 +59,7 @@ def sums(store: Store, shape: Shape, cut: Tile) -> list[str]:
     lines = [f'm = tl.full(({m},), -float("inf"), tl.float32)',
              f"l = tl.zeros(({m},), tl.float32)",
              f"o = tl.zeros(({m}, {ts.padded(dv)}), tl.float32)"]
-    if turns(store, "v", dv):
+    if _turns(store, shape, "v"):
         lines.append(f"turned = tl.zeros(({m}, {ts.padded(dv)}), tl.float32)")
     return lines
 
@@ -53,7 +67,7 @@ def sums(store: Store, shape: Shape, cut: Tile) -> list[str]:
 def _load_query(shape: Shape, again: bool = False) -> str:
     """Loaded `again` where it is used: kept beside a turned query it would cost registers."""
     policy = ', eviction_policy="evict_last"' if again else ""
-    return (f"query = tl.load(q_at, mask=live[:, None] & (channel < {shape.dims[0]})[None, :], "
+    return (f"query = tl.load(q_at, mask=live[:, None] & (channel < {shape.key})[None, :], "
             f"other=0.0{policy})")
 
 
@@ -93,7 +107,7 @@ def _read(store: Store, shape: Shape, side: Side, tier: str) -> tuple[list[str],
     """Statements that find the page of the token `base`, and the tile of the tokens from it on."""
     dim, side = shape.dims[SIDES.index(side)], ts.source_of(store, side)
     fmt, planes = store.format(side, tier), ts.names(store, side, tier, dim, shape.dtype)
-    if tier == "body" and turns(store, side, dim):
+    if tier == "body" and _turns(store, shape, side):
         fmt = fmt.inner  # type: ignore[attr-defined]
     lines = ["page = " + ts.page(side, tier, None if tier == "sinks" else store.ring(side, tier),
                                  "base"), "at = base % 128"]
@@ -102,9 +116,17 @@ def _read(store: Store, shape: Shape, side: Side, tier: str) -> tuple[list[str],
 
 
 def _logits(shape: Shape, keys: str, query: str) -> str:
-    scale = shape.scale if shape.softcap else shape.scale * LOG2E
-    return (f"capped(dot({query}, tl.trans({keys}), {ts.interpreted()}) * {scale!r}, "
-            f"{float(shape.softcap)!r})")
+    scale, made = shape.scale if shape.softcap else shape.scale * LOG2E, shape.made
+    products = f"dot({query}, tl.trans({keys}), {ts.interpreted()})"
+    if made:
+        given = {n: n if n in operands(shape) else "numbers" for n in ("basis", "offset", "cos",
+                                                                       "sin")}
+        products = (f"made_logits({query}, {keys}, {', '.join(given.values())}, head * {made.keys},"
+                    f" turned_at, keep, group_head // {shape.queries // made.keys}, {made.keys}, "
+                    f"{shape.dims[0]}, {ts.padded(shape.dims[0])}, {made.dim}, "
+                    f"{ts.padded(made.dim)}, {made.rotary}, {made.style == 'half'}, {made.basis}, "
+                    f"{made.offset}, {ts.interpreted()})")
+    return f"capped({products} * {scale!r}, {float(shape.softcap)!r})"
 
 
 def _add(shape: Shape, to: str, weights: str, values: str) -> str:
@@ -113,11 +135,11 @@ def _add(shape: Shape, to: str, weights: str, values: str) -> str:
 
 
 def _query(store: Store, shape: Shape) -> str:
-    return "turned_query" if turns(store, "k", shape.dims[0]) else "query"
+    return "turned_query" if _turns(store, shape, "k") else "query"
 
 
 def _sum(store: Store, shape: Shape) -> str:
-    return "turned" if turns(store, "v", shape.dims[1]) else "o"
+    return "turned" if _turns(store, shape, "v") else "o"
 
 
 def _seen(shape: Shape) -> list[str]:
@@ -131,7 +153,7 @@ def _seen(shape: Shape) -> list[str]:
 def _weigh(store: Store, shape: Shape) -> list[str]:
     """From logits s to weights p; the sums so far shrink."""
     lines = [*_seen(shape), "p, m, l, kept = weigh(s, m, l)", "o = o * kept[:, None]"]
-    if turns(store, "v", shape.dims[1]):
+    if _turns(store, shape, "v"):
         lines.append("turned = turned * kept[:, None]")
     return lines
 
@@ -146,7 +168,8 @@ def bodies(store: Store, shape: Shape) -> list[str]:
         k_page, keys, v_page, values = [*k_page, f"keys = {keys}"], "keys", [], "keys"
     lines = ["base = (begin + tile) * N", "index = base + tl.arange(0, N)",
              "keep = (index >= first) & (index < queued)", f"position = index + {store.sinks}",
-             *k_page, f"s = {_logits(shape, keys, _query(store, shape))}", *_weigh(store, shape),
+             *(["turned_at = position"] if shape.made else []), *k_page,
+             f"s = {_logits(shape, keys, _query(store, shape))}", *_weigh(store, shape),
              *v_page, _add(shape, _sum(store, shape), "p", values)]
     return ["for tile in range(start, tl.minimum(stop, pure)):", *ts.indent(lines)]
 
@@ -174,10 +197,13 @@ def _piece(store: Store, shape: Shape, cut: Tile) -> list[str]:
         "position = tl.where(is_own, n + own_number, position)",
         f"s = tl.zeros(({rows(shape, cut)}, N), tl.float32)",
     ]
+    if shape.made:
+        lines.append("turned_at = position" + " + tl.where(is_sink, k_first, 0)" *
+                     store.side_by_side)
     for tier, test in _tests(store, "k"):
         found, tile = _tile(store, shape, "k", tier)
         query = _query(store, shape) if tier == "body" else "query"
-        if tier != "body" and turns(store, "k", shape.dims[0]):
+        if tier != "body" and _turns(store, shape, "k"):
             found = [_load_query(shape, again=True), *found]
         logits = "logits"
         if store.k.delayed and tier in ("body", "recent"):

@@ -7,6 +7,7 @@ import torch
 from torch.fx import Graph, Node
 
 from kvcompile.ir import argument, attention_nodes
+from kvcompile.kernels.rebuild import Made, made
 from kvcompile.store import SIDES, Store
 
 
@@ -29,8 +30,7 @@ class Site:
     store: Store
     owner: int | None = None
     members: tuple[int, ...] = ()
-    rebuilt: bool = False  # keys are computed from what is stored at every read
-    rotated: bool = False  # and rotated then
+    made: Made | None = None  # how keys are computed from what is stored at every read
     rule: str = ""  # which tokens stay (kvcompile/rule.py), where scores decide
     common: Store | None = None  # of layers that share planes and are stored almost alike
     lent: tuple[tuple[str, int], ...] = ()  # tiers whose pages are those of another layer
@@ -50,6 +50,16 @@ class Site:
     def own(self) -> Store:
         """The same, which says what of it has no pages of its own."""
         return replace(self.layout, lent=tuple(key for key, _ in self.lent))
+
+    @property
+    def rebuilt(self) -> bool:
+        """Whether keys are computed from what is stored at every read."""
+        return self.made is not None
+
+    @property
+    def rotated(self) -> bool:
+        """Whether they are rotated then."""
+        return self.made is not None and self.made.rotary > 0
 
     @property
     def leads(self) -> bool:
@@ -133,6 +143,12 @@ def _site(layer: int, node: Node, owner: int | None) -> Site:
     q, k, v = (argument(node, n).meta["val"] for n in "qkv")
     return Site(layer, int(q.shape[1]), int(k.shape[1]), (int(k.shape[3]), int(v.shape[3])),
                 k.dtype, argument(node, "window"), Store.parse(argument(node, "store")), owner,
-                tuple(argument(node, "members")),
-                any(argument(node, n) is not None for n in ("basis", "cos")),
-                argument(node, "cos") is not None, argument(node, "rule"))
+                tuple(argument(node, "members")), made_of(node), argument(node, "rule"))
+
+
+def made_of(node: Node) -> Made | None:
+    """How the keys of a kvc.attention or kvc.attend node are made of k, if they are."""
+    q, k = (argument(node, n).meta["val"] for n in "qk")
+    basis, offset, cos = (x if x is None else x.meta["val"] for x in (
+        argument(node, n) for n in ("basis", "offset", "cos")))
+    return made(int(q.shape[3]), int(k.shape[1]), basis, offset, cos, argument(node, "style"))

@@ -9,6 +9,7 @@ from torch._inductor.utils import run_and_get_code
 
 from kvcompile.backend.inductor import compile_graph
 from kvcompile.ir import APPEND, ATTEND
+from kvcompile.kernels.rebuild import Made
 from kvcompile.planes import Group
 from kvcompile.site import Site
 from kvcompile.store import Store
@@ -18,17 +19,18 @@ KIVI = "store(k=int(bits=4, axis=channel), k_block=128, v=int(bits=4), v_lag=128
 
 
 def made(store, heads=2, keys=1, group=3, stored=32, dim=32, rotary=32, style="half", basis=False,
-         offset=False, per_row=False, dtype=torch.float32, angles=None, mass=False):
-    """(the op's arguments, its options) for one query of rows of LENGTHS tokens."""
+         offset=False, per_row=False, dtype=torch.float32, angles=None, mass=False,
+         tokens=1):
+    """(the op's arguments, its options) for some queries of rows of LENGTHS tokens."""
     parsed, rows, g = Store.parse(store), len(LENGTHS), torch.Generator().manual_seed(0)
-    site = Site(0, heads * keys * group, heads, (stored, 32), dtype, 0, parsed, rebuilt=True)
+    site = Site(0, heads * keys * group, heads, (stored, 32), dtype, 0, parsed, made=Made(dim))
     layers = Group([site, site], rows, torch.device("cpu"))
-    layers.reserve([n + 1 for n in LENGTHS])
+    layers.reserve([n + tokens for n in LENGTHS])
     valid = torch.arange(max(LENGTHS))[None] < torch.tensor(LENGTHS)[:, None]
     k, v = (torch.randn(rows, heads, max(LENGTHS), d, generator=g).to(dtype) for d in (stored, 32))
     APPEND(layers.planes, [k], [v], valid.long(), valid, store=store, slots=[1])
-    q = torch.randn(rows, heads * keys * group, 1, dim, generator=g).to(dtype)
-    k, v = (torch.randn(rows, heads, 1, d, generator=g).to(dtype) for d in (stored, 32))
+    q = torch.randn(rows, heads * keys * group, tokens, dim, generator=g).to(dtype)
+    k, v = (torch.randn(rows, heads, tokens, d, generator=g).to(dtype) for d in (stored, 32))
     operands = {}
     if basis:
         operands["basis"] = (torch.randn(heads * keys, dim, stored, generator=g)
@@ -36,12 +38,14 @@ def made(store, heads=2, keys=1, group=3, stored=32, dim=32, rotary=32, style="h
     if offset:
         operands["offset"] = torch.randn(heads * keys, dim, generator=g).to(dtype)
     if rotary:
-        angle = torch.rand(rows if per_row else 1, 1, max(LENGTHS) + 1, rotary // 2, generator=g)
+        angle = torch.rand(rows if per_row else 1, 1, max(LENGTHS) + tokens, rotary // 2,
+                           generator=g)
         angle = (torch.cat([angle, angle], -1) if style == "half"
                  else angle.repeat_interleave(2, -1)) * 6
         operands |= {"cos": angle.cos().to(angles or dtype), "sin": angle.sin().to(angles or dtype)}
-    one = torch.ones(rows, 1, dtype=torch.bool)
-    return ([q, k, v, layers.planes, torch.tensor(LENGTHS)[:, None], one, None], operands,
+    new = torch.ones(rows, tokens, dtype=torch.bool)
+    return ([q, k, v, layers.planes, torch.tensor(LENGTHS)[:, None] + torch.arange(tokens), new,
+             None], operands,
             dict(scale=dim**-0.5, store=store, slot=1, style=style, mass=mass))
 
 

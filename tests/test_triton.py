@@ -163,16 +163,15 @@ def test_a_store_that_is_not_understood_is_refused():
 
 @needs_triton
 def test_what_falls_back_on_a_gpu(monkeypatch):
-    program = kvcompile.explain(plain("llama:2"), "palu").program
+    program = kvcompile.explain(plain("llama:2"), "think").program
     assert kernel_table.fallbacks(program) == [
-        "layers 0-1 on a GPU: kvc.attend runs its plain body: keys are rebuilt at read, for which "
-        "there is no Triton kernel"]
+        "layers 0-1 on a GPU: kvc.append runs its plain body: format channels has no Triton "
+        "writer"]
     monkeypatch.setattr(offline, "compiled", lambda one, target: offline.Compiled(
         one.name, target, ""))
     assert kernel_table.kernels(program, ["cuda:80", "hip:gfx942"]).missing == [
-        "layers 0-1: no kernel for kvc.attend: keys are rebuilt at read, for which there is no "
-        "Triton kernel"]
-    for quick in ("kivi(bits=4)", "h2o(budget=64)"):
+        "layers 0-1: no kernel for kvc.append: format channels has no Triton writer"]
+    for quick in ("kivi(bits=4)", "h2o(budget=64)", "palu+kivi"):
         assert not kernel_table.fallbacks(program.lower(quick))
     [told] = kernel_table.fallbacks(program.lower("r-kv(budget=64)"))
     assert told.endswith("kvc.evict waits for the device, so that no CUDA graph holds the step: "
@@ -218,14 +217,16 @@ def test_compiled_graphs_see_the_kernels(caplog):
         k, v = (torch.zeros(2, 2, 1, 64, device="cuda", dtype=torch.bfloat16) for _ in "kv")
         positions = torch.zeros(2, 1, dtype=torch.long, device="cuda")
         valid = torch.ones(2, 1, dtype=torch.bool, device="cuda")
-    inputs = [q, k, v, positions, valid, *planes]
+        angles = torch.zeros(1, 1, 400, 64, device="cuda")
+    inputs = [q, k, v, positions, valid, angles, *planes]
     nodes = []
     for i, x in enumerate(inputs):
         nodes.append(graph.placeholder(f"x{i}"))
         nodes[-1].meta["val"] = x
-    q_, k_, v_, p_, ok_, *planes_ = nodes
+    q_, k_, v_, p_, ok_, angles_, *planes_ = nodes
     o = graph.call_function(ATTEND, (q_, k_, v_, planes_, p_, ok_, None),
-                            dict(scale=0.125, store=str(store), slot=1))
+                            dict(scale=0.125, store=str(store), slot=1, cos=angles_, sin=angles_,
+                                 style="half"))
     first = graph.call_function(lambda x: x[0], (o,))
     graph.call_function(APPEND, (planes_, [k_, k_], [v_, v_], p_, ok_),
                         dict(store=str(store), slots=[0, 1]))
@@ -269,7 +270,7 @@ def test_the_table_of_every_method(monkeypatch):
     monkeypatch.setattr(offline, "compiled", lambda one, target: offline.Compiled(
         one.name, target, "", 40))
     program = kvcompile.explain(plain("llama:2"), "kivi").program
-    monkeypatch.setattr(kernel_table, "methods", lambda: ["snapkv", "h2o", "palu", "kivi"])
+    monkeypatch.setattr(kernel_table, "methods", lambda: ["snapkv", "h2o", "think", "palu", "kivi"])
     table = kernel_table.kernels(program, ["cuda:80"], True, (32, 8, 128))
     labels = [label for label, _ in table.rows]
     assert {"snapkv", "h2o", "h2o+kivi"} <= {*labels}
@@ -278,4 +279,5 @@ def test_the_table_of_every_method(monkeypatch):
              for label in labels}
     assert kinds["h2o"] == ["attend", "encode", "move"]
     assert kinds["h2o+kivi"] == ["attend", "encode", "keep"]  # whole pages leave
-    assert any("palu" in reason and "rebuilt" in reason for reason in table.missing)
+    assert kinds["palu"] == ["attend", "encode"]
+    assert any("think" in reason and "writer" in reason for reason in table.missing)

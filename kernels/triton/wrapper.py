@@ -6,6 +6,7 @@ import triton.language as tl
 
 from kvcompile.kernels.triton.coded import channel_scale
 from kvcompile.kernels.triton.numbers import round_up
+from kvcompile.kernels.triton.products import dot, dot_add
 
 
 @triton.jit
@@ -187,9 +188,9 @@ def store_rest(rest, page, at, keep, missing, out, AXIS: tl.constexpr, N: tl.con
 
 @triton.jit
 def spread(x, place, page, at, N: tl.constexpr, LEFT: tl.constexpr, D: tl.constexpr,
-           DP: tl.constexpr, STEP: tl.constexpr):
-    """x [N, .] of LEFT channels in their places among D, other channels 0; the places are those of
-    STEP tokens each. A product with ones and zeros moves numbers without rounding them."""
+           DP: tl.constexpr, STEP: tl.constexpr, T: tl.constexpr, WIDE: tl.constexpr):
+    """x [N, .] of LEFT channels, rounded to T, in their places among D, other channels 0; the
+    places are those of STEP tokens each. A product with ones and zeros rounds nothing else."""
     j, c = tl.arange(0, x.shape[1])[:, None], tl.arange(0, DP)[None, :]
     PARTS: tl.constexpr = N // STEP if N > STEP else 1
     part = tl.arange(0, N)[:, None] // (N // PARTS)
@@ -197,20 +198,24 @@ def spread(x, place, page, at, N: tl.constexpr, LEFT: tl.constexpr, D: tl.conste
     for i in tl.static_range(PARTS):
         own = place + (page * (128 // STEP) + at // STEP + i) * LEFT + j
         here = tl.load(own, mask=j < LEFT, other=-1).to(tl.int32) == c
-        moved = tl.dot(x.to(tl.float32), here.to(tl.float32), input_precision="ieee")
+        moved = dot(x.to(T), here.to(T), WIDE)
         out = tl.where(part == i, moved, out)
     return out
 
 
 @triton.jit
 def mixed(x, basis, unit, page, first, RANK: tl.constexpr, ALL: tl.constexpr, D: tl.constexpr,
-          DP: tl.constexpr, SCALED: tl.constexpr):
-    """x [N, .] times a page's basis [RANK, ALL], of whose channels D from `first` on are read."""
+          DP: tl.constexpr, SCALED: tl.constexpr, T: tl.constexpr, WIDE: tl.constexpr):
+    """x [N, .] times a page's basis [RANK, ALL], of whose channels D from `first` on are read.
+
+    The basis' numbers are whole or of type T; x is multiplied as two numbers of type T.
+    """
     r, c = tl.arange(0, x.shape[1]), tl.arange(0, DP)
     both = (r < RANK)[:, None] & (c < D)[None, :]
     where = basis + (page * RANK + r[:, None]) * ALL + first + c[None, :]
-    b = tl.load(where, mask=both, other=0).to(tl.float32)
-    if SCALED:
-        b = b * tl.load(unit + page * RANK + r, mask=r < RANK, other=0.0)[:, None]
+    b = tl.load(where, mask=both, other=0).to(T)
     x = tl.where((r < RANK)[None, :], x.to(tl.float32), 0.0)
-    return tl.dot(x, b, input_precision="ieee")
+    if SCALED:
+        x = x * tl.load(unit + page * RANK + r, mask=r < RANK, other=0.0)[None, :]
+    rough = x.to(T)
+    return dot_add((x - rough.to(tl.float32)).to(T), b, dot(rough, b, WIDE), WIDE)

@@ -21,20 +21,22 @@ from kvcompile.kernels import (
     triton_launch,
     triton_source,
 )
+from kvcompile.kernels.rebuild import Made, made
+from kvcompile.site import made_of
 from kvcompile.store import Store
 
-REBUILT = "keys are rebuilt at read, for which there is no Triton kernel"
-REBUILD = ("basis", "offset", "cos", "sin", "style")  # operands of keys that are rebuilt at read
+TENSORS = ("q", "k", "v", "planes", "positions", "valid", "sinks", "basis", "offset", "cos", "sin")
+#          kvc.attend's, all of which are positional for a triton_op
 
 
 def unsupported(op: Any, store: Store, heads: int, queries: int, dims: tuple[int, int],
-                dtype: torch.dtype) -> str | None:
+                dtype: torch.dtype, made: Made | None = None) -> str | None:
     """Why `op` (kvc.attend or kvc.append) has no GPU kernel; None if it has one."""
     if not triton_source.installed():
         return "no Triton: pip install triton"
     if op is APPEND:
         return triton_append.unsupported(store, dims, dtype)
-    shape = triton_attend.shape_of(store, heads, queries, dims, dtype, 1.0)
+    shape = triton_attend.shape_of(store, heads, queries, dims, dtype, 1.0, made=made)
     return triton_attend.unsupported(store, shape)
 
 
@@ -42,13 +44,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, planes: Sequence[Tensor], positions
             valid: Tensor, sinks: Tensor | None, *, store: str, **options: Any
             ) -> tuple[Tensor, Tensor, Tensor]:
     dims = (k.shape[3], v.shape[3])
-    why = unsupported(ATTEND, Store.parse(store), k.shape[1], q.shape[1], dims, q.dtype)
-    rebuild = {name: options.pop(name, None) for name in REBUILD}
-    if why or any(rebuild[name] is not None for name in REBUILD[:4]):
-        return eager.attend(q, k, v, list(planes), positions, valid, sinks, store=store,
-                            **options, **{n: x for n, x in rebuild.items() if x is not None})
-    return triton_launch.attend(q, k, v, list(planes), positions, valid, sinks, store=store,
-                                **options)
+    basis, offset, cos = (options.get(name) for name in ("basis", "offset", "cos"))
+    how = made(q.shape[3], k.shape[1], basis, offset, cos, options.get("style", ""))
+    why = unsupported(ATTEND, Store.parse(store), k.shape[1], q.shape[1], dims, q.dtype, how)
+    run = eager.attend if why else triton_launch.attend
+    return run(q, k, v, list(planes), positions, valid, sinks, store=store, **options)
 
 
 def _append(planes: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], positions: Tensor,
@@ -81,6 +81,9 @@ def lower(gm: GraphModule, device: torch.device) -> None:
         return
     for node in gm.graph.nodes:
         if node.target in (ATTEND, APPEND) and not _refused(node):
+            if node.target is ATTEND:
+                node.args = tuple(argument(node, name) for name in TENSORS)
+                node.kwargs = {n: x for n, x in node.kwargs.items() if n not in TENSORS}
             node.target = _ops()[node.target]
     gm.recompile()
 
@@ -91,11 +94,10 @@ def _refused(node: Node) -> str | None:
     keys, values = ((x[0] if many else x).meta.get("val") for x in (k, v))
     if keys is None or values is None:
         return "it was not traced"  # its CUDA body is launched as it is
-    if not many and any(argument(node, name) is not None for name in REBUILD[:4]):
-        return REBUILT
-    queries = keys.shape[1] if many else node.args[0].meta["val"].shape[1]  # type: ignore[union-attr]
+    q = keys if many else node.args[0].meta["val"]  # type: ignore[union-attr]
     return unsupported(node.target, Store.parse(argument(node, "store")), int(keys.shape[1]),
-                       int(queries), (int(keys.shape[3]), int(values.shape[3])), keys.dtype)
+                       int(q.shape[1]), (int(keys.shape[3]), int(values.shape[3])), keys.dtype,
+                       None if many else made_of(node))
 
 
 _made: dict[Any, Any] = {}

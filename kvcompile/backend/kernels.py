@@ -21,6 +21,7 @@ from kvcompile.ir import APPEND, ATTEND, ATTENTION, EVICT, LINEAR, STORABLE
 from kvcompile.kernels import cpp_append, cpp_attend, cpp_blockwise, cpp_evict
 from kvcompile.kernels import linear as linears
 from kvcompile.kernels.dense import CPP
+from kvcompile.kernels.rebuild import Made
 from kvcompile.store import Store
 
 
@@ -94,11 +95,11 @@ def attend(q: Any, k: Any, v: Any, planes: list[Any], positions: Any, valid: Any
     return o, results.get("lse", o), results.get("mass", o)
 
 
-def _made(q: Any, heads: int, making: dict[str, Any], style: str) -> cpp_attend.Made:
+def _made(q: Any, heads: int, making: dict[str, Any], style: str) -> Made:
     """How keys are made of the operands that are given."""
     basis, cos = making.get("basis"), making.get("cos")
     parts = basis if basis is not None else making.get("offset")
-    return cpp_attend.Made(
+    return Made(
         int(q.get_size()[3]), 1 if basis is None else int(basis.get_size()[0]) // heads,
         basis is not None, "offset" in making, 0 if cos is None else int(cos.get_size()[3]), style,
         *(torch.float32 if x is None else x.get_dtype() for x in (cos, parts)))

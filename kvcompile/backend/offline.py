@@ -17,6 +17,7 @@ import torch
 
 from kvcompile.errors import KVCompileError, nearest
 from kvcompile.kernels import triton_append, triton_attend, triton_evict, triton_tune
+from kvcompile.kernels.rebuild import Made
 from kvcompile.kernels.triton_source import helpers, installed, kernel
 from kvcompile.store import Store
 
@@ -72,9 +73,10 @@ def kernels(store: Store, shape: triton_attend.Shape, target: str = TARGETS[0],
         reasons.append(f"attend: {why}")
     else:
         names = triton_attend.arguments(store, shape)
+        parts, cuts = shape.made or Made(0), triton_tune.tiles(store, shape, target)
         given = {"q": own, "k": own, "v": own, "numbers": "*i32", "part": "*fp32",
-                 "stats": "*fp32", **planes}
-        cuts = triton_tune.tiles(store, shape, target)
+                 "stats": "*fp32", "basis": POINTERS[parts.parts], "offset": POINTERS[parts.parts],
+                 "cos": POINTERS[parts.angles], "sin": POINTERS[parts.angles], **planes}
         found += [Kernel(triton_attend.name(store, shape, cut),
                          triton_attend.source(store, shape, cut),
                          {n: given.get(n, "i32") for n in names},

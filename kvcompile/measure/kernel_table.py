@@ -70,9 +70,8 @@ def fallbacks(program: Program) -> list[str]:
     found: dict[str, list[int]] = {}
     for site in program.sites:
         for op in (ATTEND, APPEND):
-            why = gpu.unsupported(op, site.layout, site.heads, site.q_heads, site.dims, site.dtype)
-            if op is ATTEND and (site.rebuilt or site.rotated):
-                why = gpu.REBUILT
+            why = gpu.unsupported(op, site.layout, site.heads, site.q_heads, site.dims, site.dtype,
+                                  site.made)
             if why and (op is ATTEND or site.owner is None):
                 name = op._schema.name.replace("::", ".")
                 found.setdefault(f"{name} runs its plain body: {why}", []).append(site.layer)
@@ -106,21 +105,20 @@ def kernels(program: Program, targets: Sequence[str], all_methods: bool = False,
     own = ((str(site.layer), site) for site in program.sites)
     for label, site in every(program) if all_methods else own:
         if geometry:
-            site = replace(site, q_heads=geometry[0], heads=geometry[1], dims=(geometry[2],) * 2)
+            made = site.made and site.made._replace(dim=geometry[2])
+            site = replace(site, q_heads=geometry[0], heads=geometry[1], dims=(geometry[2],) * 2,
+                           made=made)
         shape = shapes.shape_of(site.layout, site.heads, site.q_heads, site.dims, site.dtype,
-                                site.dims[0] ** -0.5, site.window)
-        rebuilt = site.rebuilt or site.rotated
-        labels = alike.setdefault((site.layout, shape, rebuilt), [])
+                                site.dims[0] ** -0.5, site.window, made=site.made)
+        labels = alike.setdefault((site.layout, shape), [])
         labels += [] if label in labels else [label]
     rows, missing = [], []
     sources: dict[str, str] = {}
-    for (store, shape, rebuilt), labels in alike.items():
+    for (store, shape), labels in alike.items():
         where = _short(labels) if all_methods else runs([*map(int, labels)])
         which = where if all_methods else where.split(" ", 1)[1]
         for target in targets:
             found, reasons = offline.kernels(store, shape, target)
-            if rebuilt:
-                found, reasons = found[1:], [f"attend: {gpu.REBUILT}", *reasons]
             reasons = [f"{where}: no kernel for kvc.{reason}" for reason in reasons]
             missing += [reason for reason in reasons if reason not in missing]
             sources |= {one.name: one.text for one in found}
