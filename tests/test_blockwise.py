@@ -127,7 +127,8 @@ def test_other_machines(name, monkeypatch):
 
 
 @pytest.mark.parametrize("arch, recipe", [
-    ("gpt_oss:2", "kivi(bits=4)"), pytest.param("gemma2", "full", marks=pytest.mark.slow)])
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in (("gpt_oss:2", "kivi(bits=4)"), ("gemma2", "full"))])
 def test_prompts_and_later_turns_of_a_model(arch, recipe):
     """Compiled or not: the same logits for a padded batch and, on top of it, for several tokens."""
     models = [optimized(arch, recipe, compile=c) for c in (True, False)]

@@ -71,8 +71,8 @@ FEW = {"falcon_h1": dict(num_hidden_layers=1),  # layers take half a minute each
     ("mpt", ("MptForCausalLM", "modeling_mpt.py")),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
         ("falcon_h1", ("FalconH1ForCausalLM", "mixes tokens", "modeling_falcon_h1.py")),
-        ("qwen3_next", ("Qwen3NextForCausalLM", "mixes tokens", "modeling_qwen3_next.py")))),
-    ("minimax", ("MiniMaxForCausalLM", "mixes tokens", "modeling_minimax.py")),
+        ("qwen3_next", ("Qwen3NextForCausalLM", "mixes tokens", "modeling_qwen3_next.py")),
+        ("minimax", ("MiniMaxForCausalLM", "mixes tokens", "modeling_minimax.py")))),
 ])
 def test_models_that_would_decode_wrongly_are_refused(arch, words):
     with pytest.raises(UnsupportedModelError) as info:

@@ -178,7 +178,8 @@ QUICK = {
 
 
 LAWS = {"fp8", "nf4", "hadamard", "centered", "scaled", "gear", "kvquant", "latent", "latent-int8",
-        "direction", "direction-window", "channels"}  # alike in test_registered_kernels.py
+        "direction", "direction-window", "channels", "bf16-symmetric", "fp16"}
+#       alike in test_registered_kernels.py
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LAWS else n

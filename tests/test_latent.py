@@ -109,6 +109,7 @@ def test_a_latent_and_rotary_channels_are_what_is_stored(by):
     assert report.kv_bytes(256) <= (36 / 64 + 0.01) * report.baseline_kv_bytes(256)
 
 
+@pytest.mark.slow
 def test_pairs_are_only_dropped_where_there_are_some():
     (outcome, _) = base("gpt2").lower("mha2mla(whiten=false)").outcomes["partial"]
     assert isinstance(outcome, Refused) and outcome.reason == "keys are not rotated"
