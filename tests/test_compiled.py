@@ -11,9 +11,11 @@ import kvcompile
 import kvcompile.engine
 
 LLAMA = "llama:2"  # two layers: these tests compile a lot
+ALIKE = ("kivi(bits=2)", "fp8")  # steps like those of other recipes, with other readers
 
 
-@pytest.mark.parametrize("recipe", EVERY)
+@pytest.mark.parametrize("recipe", [pytest.param(x, marks=pytest.mark.slow) if x in ALIKE else x
+                                    for x in EVERY])
 def test_tokens_equal_eager(recipe):
     ours = optimized(LLAMA, recipe, compile=True)
     for tokens in (1, 140):

@@ -146,10 +146,10 @@ def test_nan_is_named_by_layer_and_rolled_back(recipe):
 
 
 def test_replaced_weights_are_refused_and_changed_ones_used():
-    model = tiny("llama", seed=5)
+    model = tiny("llama", seed=5, num_hidden_layers=1)
     ours, ids = kvcompile.optimize(model, "full", compile=True), prompt(12)
     greedy(ours, ids, 5)
-    other = tiny("llama", seed=6)
+    other = tiny("llama", seed=6, num_hidden_layers=1)
     model.load_state_dict(other.state_dict())
     assert torch.equal(greedy(ours, ids, 12), greedy(other, ids, 12))
     model.lm_head.weight = nn.Parameter(torch.zeros_like(model.lm_head.weight))

@@ -13,7 +13,7 @@ from kvcompile.backend.regions import outline
 # stretches between two attends that share a subgraph with others, of the tiny model's four layers
 CALLS = {"llama": 3, "gpt2": 3, "mixtral": 3, "gemma3_text": 3, "gpt_oss": 2, "deepseek_v2": 2}
 
-SLOW = ("gpt_oss", "mixtral")
+SLOW = ("gpt_oss", "mixtral", "deepseek_v2")
 
 
 @pytest.fixture
@@ -53,7 +53,8 @@ def test_layers_keep_their_slots(recipe, outlined):
     assert len(calls(outlined[0])) >= 2 or recipe in ("cla", "kivi(layers=:2)")
 
 
-@pytest.mark.parametrize("batch", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 3])
 def test_inductor_writes_one_function_for_equal_layers(batch):
     recipe = "minicache(start=0)+kivi(bits=4)"
     model, plain = optimized("llama", recipe, compile=True), optimized("llama", recipe)
