@@ -4,7 +4,8 @@ import pytest
 from test_triton import interpret, needs_triton
 
 # methods that take long, whose formats and tiers others have; what is registered anew is not here
-SLOW = "method and (kvquant or mha2mla or kvtuner or gear or rtn or quarot or xquant or zipcache)"
+SLOW = ("method and (kvquant or mha2mla or kvtuner or gear or rtn or quarot or xquant or zipcache "
+        "or pod)")
 
 
 @needs_triton

@@ -210,12 +210,19 @@ def mixed(x, basis, unit, page, first, RANK: tl.constexpr, ALL: tl.constexpr, D:
 
     The basis' numbers are whole or of type T; x is multiplied as two numbers of type T.
     """
-    r, c = tl.arange(0, x.shape[1]), tl.arange(0, DP)
-    both = (r < RANK)[:, None] & (c < D)[None, :]
-    where = basis + (page * RANK + r[:, None]) * ALL + first + c[None, :]
-    b = tl.load(where, mask=both, other=0).to(T)
-    x = tl.where((r < RANK)[None, :], x.to(tl.float32), 0.0)
-    if SCALED:
-        x = x * tl.load(unit + page * RANK + r, mask=r < RANK, other=0.0)[None, :]
-    rough = x.to(T)
-    return dot_add((x - rough.to(tl.float32)).to(T), b, dot(rough, b, WIDE), WIDE)
+    ALONE: tl.constexpr = 16                                 # the whole basis is too much at once
+    PARTS: tl.constexpr = x.shape[1] // ALONE
+    parts, place = tl.reshape(x, (x.shape[0], PARTS, ALONE)), tl.arange(0, PARTS)[None, :, None]
+    c, out = tl.arange(0, DP), tl.zeros((x.shape[0], DP), tl.float32)
+    for part in range(PARTS):
+        r = part * ALONE + tl.arange(0, ALONE)
+        both = (r < RANK)[:, None] & (c < D)[None, :]
+        where = basis + (page * RANK + r[:, None]) * ALL + first + c[None, :]
+        b = tl.load(where, mask=both, other=0).to(T)
+        some = tl.sum(tl.where((place == part) & (r < RANK)[None, None, :], parts, 0.0), 1)
+        if SCALED:
+            some = some * tl.load(unit + page * RANK + r, mask=r < RANK, other=0.0)[None, :]
+        rough = some.to(T)
+        out = dot_add(rough, b, out, WIDE)
+        out = dot_add((some - rough.to(tl.float32)).to(T), b, out, WIDE)
+    return out
