@@ -57,9 +57,10 @@ def tile(store: Store, shape: Shape) -> Tile:
     thin = min((_bits(store, shape, side) for side in held), default=16)
     many = max((len(ts.names(store, s, "body", shape.dims[SIDES.index(s)], shape.dtype))
                 for s in held), default=1)
-    room = 2048 if shape.dtype is torch.float32 else 8192 if thin <= 2 else 4096
+    wider = thin <= 2 and not shape.made
+    room = 2048 if shape.dtype is torch.float32 else 8192 if wider else 4096
     queries = 1 if shape.one else max(1, min(16, 32 // shape.queries))
-    heavy = many > 4 or bool(shape.made and shape.made.basis)
+    heavy = many > 4 or store.members > 2 or bool(shape.made and shape.made.basis)
     return Tile(min(128, max(16, room // wide)), queries, 8 if heavy else 4)
 
 
