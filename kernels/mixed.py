@@ -119,7 +119,7 @@ def _narrow(fmt: Format, tokens: int, dim: int, dtype: torch.dtype, side: Side) 
     """The planes of a format in pages of so many tokens."""
     steps = tokens // fmt.step
     found = fmt.planes(dim, dtype, side)
-    for name, spec in found.items():
+    for spec in found.values():
         if spec.lanes <= steps and steps % spec.lanes:
             raise RecipeError(f"{term_of(fmt)}: {spec.lanes} steps lie abreast, which {tokens} "
                               "tokens cut")

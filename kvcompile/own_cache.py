@@ -170,7 +170,8 @@ class OwnCache(KVCache):
         if ruled and 0 < keep < self._columns and (ruled.store.slots or keep < self._prompt):
             what = ("put its tokens in another order" if Rule.parse(ruled.rule).salient else
                     "dropped tokens, which cannot come back")
-            raise KVCompileError(f"crop({tokens_to_remove}): layer {ruled.layer} has already {what}")
+            raise KVCompileError(f"crop({tokens_to_remove}): layer {ruled.layer} has already "
+                                 f"{what}")
         super().crop(tokens_to_remove)
 
     def _note(self, valid: Tensor, positions: Tensor) -> None:

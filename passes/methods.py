@@ -226,8 +226,8 @@ METHODS: tuple[Method, ...] = (
         params=(
             Param("bits", 4, choices=(2, 4, 8), help="bits of a salient token's numbers"),
             Param("low", 2, choices=(2, 4, 8), help="of the others'; no fewer: one precision"),
-            Param("salient", 0.5, choices=tuple(i / 8 for i in range(1, 8)), help="share of salient "
-                  "tokens; scales of K per channel are for 64 tokens at 0.5, else for fewer"),
+            Param("salient", 0.5, choices=tuple(i / 8 for i in range(1, 8)), help="share of them; "
+                  "scales of K per channel are for 64 tokens at 0.5, else for fewer"),
             Param("keys", "channel", choices=("channel", "token"),
                   help="K per channel, or channel-separable per token as V"),
         ),

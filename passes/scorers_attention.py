@@ -184,7 +184,8 @@ class Normalized:
     section 4.2).
 
     Of a prompt's queries only probes look: the share `recent` of the newest, and the share `random`
-    of the others, the same for prompts of a length. While decoding all queries do.
+    of the others, the same for prompts of a length; they stand for all of them. While decoding
+    all queries do.
     """
 
     recent: float = 0.05

@@ -37,7 +37,8 @@ class Select:
     name: ClassVar[str] = "select"
     order: ClassVar[int] = 50
     axes: ClassVar[tuple[str, ...]] = ("sinks", "window", "positions", *(KEEP + name for name in (
-        "score", "budget", "sinks", "recent", "every", "merge", "positions", "channels", "salient")))
+        "score", "budget", "sinks", "recent", "every", "merge", "positions", "channels",
+        "salient")))
 
     def run(self, gm: GraphModule, plan: Sequence[LayerPlan]) -> list[Outcome]:
         outcomes: list[Outcome] = []
