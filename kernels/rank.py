@@ -61,7 +61,7 @@ def rank(planes: list[Tensor], mass: list[Tensor], k: list[Tensor], v: list[Tens
     return new[0], new[1]
 
 
-def _row(store: Store, rule: Rule, planes: Sequence[Tensor], slots: Sequence[int], row: int,
+def _row(store: Store, rule: Rule, planes: list[Tensor], slots: Sequence[int], row: int,
          columns: Tensor, ids: Tensor, mass: Tensor, new: Sequence[Tensor]) -> None:
     """One row of some layers: mass [L, H, places]; new K and V [L, H, S, D], views."""
     dims, dtype, many = (new[0].shape[-1], new[1].shape[-1]), new[0].dtype, new[0].shape[:2]
