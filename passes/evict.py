@@ -106,7 +106,7 @@ def salient(fmt: Format) -> int:
 def upper(fmt: Format) -> Format:
     """The same with more bits for every token."""
     if hasattr(fmt, "salient"):
-        return fmt.parts[0][0]  # type: ignore[attr-defined, no-any-return]
+        return fmt.parts[0][0]  # type: ignore[attr-defined]
     if not salient(fmt):
         return fmt
     args = dict(term_of(fmt).args) | {"of": term_of(upper(fmt.inner))}  # type: ignore[attr-defined]

@@ -91,8 +91,8 @@ def _zipcache(p: Mapping[str, Any]) -> Axes:
         return f"mixed(high={high}, low={low}, salient={salient})" if salient else high
 
     by_channel, by_token = tiers("channel", group), f"scaled(of={tiers('token', 128)}, block=128)"
-    rule: dict[str, Value] = {"keep.score": Term("normalized"), "keep.budget": Term("all"), "keep.every": 1,
-            "keep.salient": salient} if salient else {}
+    rule: dict[str, Value] = {"keep.score": Term("normalized"), "keep.budget": Term("all"),
+                              "keep.every": 1, "keep.salient": salient} if salient else {}
     return {"format.k": by_channel if p["keys"] == "channel" else by_token, "block.k": 128,
             "lag.k": 0, "format.v": by_token, "block.v": 128, "lag.v": 0, **rule}
 
