@@ -58,7 +58,8 @@ def test_hidden_heads_are_found_again():
     assert torch.allclose(v2[list(found.heads)] @ found.v.mT, v)
 
 
-EXACT = ("llama", "gpt2", "qwen2", "phi3", "gpt_neox", "qwen3", "phi")
+EXACT = ("llama", "gpt2", "qwen3", "phi",
+         *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("qwen2", "phi3", "gpt_neox")))
 
 
 @pytest.mark.parametrize("arch", EXACT)

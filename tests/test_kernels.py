@@ -239,7 +239,8 @@ def test_padding_gets_zeros_and_a_batch_is_its_rows():
     assert torch.isfinite(alone.check()).all() and torch.isfinite(every.check()).all()
 
 
-@pytest.mark.parametrize("name", ["kivi4", "dense", "bf16"])
+@pytest.mark.parametrize("name", ["kivi4", *(
+    pytest.param(n, marks=pytest.mark.slow) for n in ("dense", "bf16"))])
 def test_the_attention_mass_of_each_token(name):
     """What each number gets of the weights of its kv head's queries, the query's own included."""
     case = Case(**QUICK[name], mass=True)

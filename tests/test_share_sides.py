@@ -88,7 +88,8 @@ RECIPES = ("share(map=[0, 0, 2, 0], side=k)+kivi(bits=4, residual=32)",
            "share(map=[0, 0, 2, 0], side=k)+share(map=[0, 1, 1, 1], side=v)+int8")
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [pytest.param(r, marks=pytest.mark.slow)
+                                    if r in RECIPES[:1] + RECIPES[3:4] else r for r in RECIPES])
 def test_compositions_decode_what_the_graph_says(recipe):
     decodes_what_the_graph_says("llama", recipe)
 
