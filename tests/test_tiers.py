@@ -20,6 +20,7 @@ from kvcompile.checks.view import slots
 from kvcompile.errors import KVCompileError, RecipeError
 from kvcompile.format import format_of
 from kvcompile.kernels.rank import entering
+from kvcompile.measure.kernel_table import fallbacks
 from kvcompile.method import _discovered, methods
 from kvcompile.passes.scorers_attention import Normalized
 from kvcompile.recipe import parse_term
@@ -222,6 +223,11 @@ def test_what_a_cache_with_tiers_cannot():
         cache.crop(-3)
     with pytest.raises(KVCompileError, match="use kvcompile.optimize"):
         kvcompile.KVCache(model.config, "zipcache")
+
+
+def test_what_a_gpu_lacks():
+    told = "; ".join(fallbacks(optimized("llama:2", "zipcache").kvcompile.program))
+    assert "format mixed has no Triton reader" in told and "kvc.rank runs its plain body" in told
 
 
 def test_a_rule_and_a_format_agree(monkeypatch):
