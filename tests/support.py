@@ -26,6 +26,16 @@ EVERY = (*RECIPES, *(pytest.param(recipe, marks=pytest.mark.slow, id=recipe.part
                      for recipe in MORE))
 
 
+def slow_but(quick, values):
+    """`values` to parametrize by, of which all but `quick` are slow."""
+    return [v if v in quick else pytest.param(v, marks=pytest.mark.slow) for v in values]
+
+
+# methods whose steps take long to compile or to interpret, and whose formats and tiers others
+# have; what is registered anew is not here
+LONG = ("gear", "kvquant", "kvtuner", "mha2mla", "pod", "quarot", "rtn", "xquant", "zipcache")
+
+
 @cache
 def plain(arch: str):
     """The tiny seeded model of an architecture, fp32; "llama:2" has two layers."""

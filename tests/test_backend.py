@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from support import greedy, optimized, plain, prompt
+from support import greedy, optimized, plain, prompt, slow_but
 from transformers import CompileConfig
 
 import kvcompile
@@ -31,8 +31,7 @@ def test_it_is_listed():
     assert "kvcompile" in torch._dynamo.list_backends()
 
 
-@pytest.mark.parametrize("arch", (LLAMA, *(
-    pytest.param(arch, marks=pytest.mark.slow) for arch in ("llama:2", "mistral:2"))))
+@pytest.mark.parametrize("arch", slow_but([LLAMA], [LLAMA, "llama:2", "mistral:2"]))
 def test_a_stateless_forward_sees_the_compressed_view(arch):
     model = torch.compile(plain(arch), backend="kvcompile", options={"recipe": RECIPE})
     ids = prompt(100)
@@ -48,7 +47,7 @@ def test_a_stateless_forward_sees_the_compressed_view(arch):
     assert (got - want).abs().max() <= lost / 100
 
 
-@pytest.mark.parametrize("arch", (LLAMA, pytest.param("llama:2", marks=pytest.mark.slow)))
+@pytest.mark.parametrize("arch", slow_but([LLAMA], [LLAMA, "llama:2"]))
 def test_generate_over_a_kvcache_equals_optimize(arch):
     model = compiled(arch, recipe=RECIPE)
     for tokens in (60, 9):

@@ -37,7 +37,8 @@ def theirs(arch, first, ids):
 
 
 @pytest.mark.parametrize("arch, start, first", [
-    ("llama", 0.5, 2), ("qwen3", 0.25, 1), ("gemma3_text", 0, 0)])
+    ("llama", 0.5, 2), ("qwen3", 0.25, 1),
+    pytest.param("gemma3_text", 0, 0, marks=pytest.mark.slow)])
 def test_logits_are_those_of_the_hooked_model(arch, start, first):
     """The prompt and decoding steps through the cache."""
     model, ids = optimized(arch, f"swiftkv(start={start})"), prompt(40)
