@@ -64,7 +64,7 @@ class Int(Coded):
         if self.symmetric:  # the largest magnitude becomes code 1 or 2**bits - 1
             most = x.abs().amax(-1, keepdim=True) / max(2 ** (self.bits - 1) - 1, 1)
             return round_up(most), None
-        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+        low, high = (y + 0.0 for y in (x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)))  # no -0
         if self.clip < 1:
             cut = (high - low) * self._cut
             low, high = low + cut, high - cut

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.ir import body
+from kvcompile.kernels.rank import entering
 from kvcompile.prompt import Prompt
 from kvcompile.rule import Rule
 
@@ -79,7 +80,8 @@ def keep(scores: list[Tensor], measures: list[Tensor], k: list[Tensor], v: list[
          rules: list[str], style: str = "half"
          ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """K [B, H, S', D], V, columns [B, H, S'] (int32, -1 at the end of a head) and scores of the
-    tokens that each head of some layers keeps, in order. Budgets that span layers see all of
+    tokens that each head of some layers keeps, in order (of rules with `salient` ones, as
+    `entering` says). Budgets that span layers see all of
     them. Further `hints`, where this is the first piece of a prompt: tokens of each row's whole
     prompt."""
     parsed, probe = [Rule.parse(r) for r in rules], int(hints[0])
@@ -92,6 +94,8 @@ def keep(scores: list[Tensor], measures: list[Tensor], k: list[Tensor], v: list[
                    for r in parsed]
         chosen = select(parsed, [s.clone() for s in each], [float(m[row]) for m in measures],
                         budgets)
+        chosen = [[entering(own, rule.salient) for own in s] if rule.salient else heads
+                  for rule, s, heads in zip(parsed, each, chosen, strict=True)]
         kept.append([[own[at] for at in heads] for heads in chosen])
         for i, rule in enumerate(parsed):
             keys, values = (x[i] for x in both)

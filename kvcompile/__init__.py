@@ -23,7 +23,7 @@ from kvcompile.program import Program, capture  # noqa: E402
 from kvcompile.recipe import Recipe  # noqa: E402
 from kvcompile.registry import module as _module  # noqa: E402
 
-for _name in ("eager", "evict", "hosted", "linear", "rest", "select"):  # bodies of the kvc ops
+for _name in ("eager", "evict", "hosted", "linear", "rank", "rest", "select"):  # the ops' bodies
     _module("kernels", _name)
 
 __version__ = "0.1.0"

@@ -10,6 +10,7 @@
     kvc.keep       K and V of the tokens that rules keep, gathered head by head
     kvc.prune      K without the channels that a head drops of its older tokens
     kvc.evict      note what a step attended to, and drop tokens of heads that hold too many
+    kvc.rank       note scores, and order the tokens that leave the recent tier by them
     kvc.rest       of a prompt the mean K and V of what heads do not keep, and how much that is
     kvc.beside     attention over one slot more, which stands for so many tokens
 
@@ -65,6 +66,10 @@ LIB.define(
     "evict(Tensor(a!)[] planes, Tensor[] mass, Tensor[] k, Tensor[] v, Tensor positions, "
     "Tensor valid, *, str store, str[] rules, int[] slots, int group=1, Tensor? ids=None) -> ()"
 )
+LIB.define(
+    "rank(Tensor(a!)[] planes, Tensor[] mass, Tensor[] k, Tensor[] v, Tensor positions, "
+    "Tensor valid, *, str store, str[] rules, int[] slots, int group=1) -> (Tensor, Tensor)"
+)
 LIB.define("rest(Tensor k, Tensor v, Tensor columns, Tensor valid, Tensor hints) -> "
            "(Tensor, Tensor, Tensor)")
 LIB.define(
@@ -107,6 +112,7 @@ SCORE = torch.ops.kvc.score.default
 KEEP = torch.ops.kvc.keep.default
 PRUNE = torch.ops.kvc.prune.default
 EVICT = torch.ops.kvc.evict.default
+RANK = torch.ops.kvc.rank.default
 REST = torch.ops.kvc.rest.default
 BESIDE = torch.ops.kvc.beside.default
 OPS = (ATTENTION, ROPE, APPEND, ATTEND, STORABLE)
@@ -155,6 +161,11 @@ def _(  # type: ignore[no-untyped-def]
     planes, mass, k, v, positions, valid, *, store, rules, slots, group=1, ids=None,
 ):
     return None
+
+
+@torch.library.register_fake("kvc::rank", lib=LIB)
+def _(planes, mass, k, v, positions, valid, *, store, rules, slots, group=1):  # type: ignore[no-untyped-def]
+    return tuple(x[0].new_empty(len(x), *x[0].shape) for x in (k, v))
 
 
 @torch.library.register_fake("kvc::beside", lib=LIB)

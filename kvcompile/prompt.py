@@ -80,6 +80,16 @@ class Prompt:
             weights = logits.softmax(-1)
             yield pad(weights, (0, n - last)) if last < n else weights
 
+    def of(self, queries: Tensor) -> Iterator[Tensor]:
+        """As `weights`, of queries with these numbers, ascending."""
+        n, keys = self.k.shape[1], self.k.float()
+        for at in queries.split(CHUNK):
+            logits = self.queries[:, :, at] * self.scale @ keys.transpose(1, 2)[:, None]
+            if self.softcap:
+                logits = self.softcap * torch.tanh(logits / self.softcap)
+            later = torch.arange(n, device=at.device) > at[:, None]
+            yield logits.masked_fill(later, -torch.inf).softmax(-1)
+
     def looked(self, window: int) -> Tensor:
         """[H, G, window, T - window] in fp32: weights that the last queries give what is before."""
         first = self.tokens - window

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from torch.fx import GraphModule
 
 from kvcompile.errors import KVCompileError
-from kvcompile.format import step_bytes, term_of
+from kvcompile.format import PAGE, step_bytes, term_of
 from kvcompile.ir import attention_nodes
 from kvcompile.plan import plan
 from kvcompile.program import Program
 from kvcompile.recipe import Recipe
 from kvcompile.registry import module
 from kvcompile.rewrite import Outcome, Pass, Refused, Rewritten, copy_graph, passes, run_passes
+from kvcompile.rule import Rule
 from kvcompile.site import Site
 from kvcompile.store import Store
 
@@ -65,9 +66,11 @@ def fused(site: Site) -> dict[str, str]:
     shape = attend.Shape(site.heads, site.q_heads // site.heads, site.dims, site.dtype, 1.0,
                          site.window)
     found = {"attend": attend.unsupported(site.layout, shape),
-             "append": append.unsupported(site.layout, site.dims, site.dtype),
-             "evict": site.rule and site.store.slots and evict.unsupported(site.layout,
-                                                                           [site.rule])}
+             "append": append.unsupported(site.layout, site.dims, site.dtype)}
+    if site.rule and Rule.parse(site.rule).salient:
+        found["rank"] = f"it notes scores, and orders {PAGE} tokens at a time"
+    elif site.rule and site.store.slots:
+        found["evict"] = evict.unsupported(site.layout, [site.rule])
     return {op: reason for op, reason in found.items() if reason}
 
 

@@ -36,7 +36,9 @@ class Scorer(Protocol):
     `observe` where scores change with what each step attends to; an attribute `looks` says of how
     many of several queries, the last ones, the weights are added up first (0: of all), and without
     it they are asked one by one. With `final(score, keys)` a head's tokens are scored when some
-    have to leave: score [T] and keys [T, Dk] of all that it holds, in order. `cpp`, if there is
+    have to leave: score [T] and keys [T, Dk] of all that it holds, in order. Where tokens are put
+    in order and none leaves (`salient`), `averaged(score, mass, seen, queries)` is told of how many
+    queries each token has been seen, and of how many in this call. `cpp`, if there is
     one, is the same in C++: a token's score of `position` where it arrives, or of `score`, `mass`,
     `fresh` (it is the step's own) and `held` (how many tokens got some of the mass, a float), for
     the kernel of kvc.evict.
@@ -131,6 +133,8 @@ class Rule:
     positions  original, or rerotated: kept keys are turned to lie side by side before the prompt's
                end
     channels   of K that are stored; None: all of them
+    salient    of every 128 tokens, so many, by score, are stored first, where the format takes more
+               bits for them (`kernels/mixed.py`); nothing is dropped. 0: tokens stay in order
     """
 
     score: Term = Term("recency")
@@ -141,6 +145,7 @@ class Rule:
     merge: Term | None = None
     positions: str = "original"
     channels: Term | None = None
+    salient: int = 0
     layer: int = 0
     layers: int = 1
 
@@ -202,7 +207,8 @@ class Rule:
     @property
     def observes(self) -> bool:
         """Whether scores change with what each step attends to."""
-        return self.every > 0 and hasattr(self.scorer, "observe")
+        how = ("observe", "averaged") if self.salient else ("observe",)
+        return self.every > 0 and any(hasattr(self.scorer, name) for name in how)
 
     def protected(self, budget: int) -> int:
         """Newest tokens that stay where a head keeps `budget`."""

@@ -56,6 +56,22 @@ class Uniform(Sized):
 
 
 @dataclass(frozen=True)
+class All(Sized):
+    """Every token of every head, also while decoding."""
+
+    name: ClassVar[str] = "all"
+
+    def told(self, tokens: int) -> All:
+        return self
+
+    def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
+        return [[s.shape[1]] * len(s) for s in scores]
+
+    def limit(self, counts: Sequence[int], tokens: int) -> list[int]:
+        return [UNBOUNDED] * len(counts)
+
+
+@dataclass(frozen=True)
 class Pyramid(Sized):
     """PyramidKV: layer l of L gets max - l (max - min) / (L - 1) tokens beside its window.
 
@@ -243,4 +259,4 @@ class ByHead(Sized):
         return self._of(tokens)
 
 
-BUDGETS = (Uniform, Pyramid, Pooled, Everywhere, Threshold, WholeChunks, PerPart, ByHead)
+BUDGETS = (Uniform, All, Pyramid, Pooled, Everywhere, Threshold, WholeChunks, PerPart, ByHead)

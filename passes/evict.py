@@ -1,5 +1,5 @@
 """evict: a layer whose rule drops tokens while decoding knows the score of each that it holds, and
-one that compensates for what it drops has a slot for that."""
+one that compensates for what it drops has a slot for that; so does one with tiers by score."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,10 +8,11 @@ from typing import Any, ClassVar, cast
 from torch.fx import GraphModule, Node
 
 from kvcompile.errors import RecipeError
-from kvcompile.format import PAGE, term_of
+from kvcompile.format import PAGE, Format, format_of, term_of
 from kvcompile.ir import argument, attention_nodes
 from kvcompile.passes.select import said
 from kvcompile.plan import LayerPlan
+from kvcompile.recipe import Term
 from kvcompile.rewrite import Outcome, Rewritten
 from kvcompile.rule import Rule
 from kvcompile.store import SIDES, Store
@@ -38,10 +39,16 @@ class Evict:
             if rule and argument(node, "members"):
                 raise RecipeError(f"{said(plan[index])}: layer {index} is stored "
                                   "together with another, which would keep other tokens")
+            store = Store.parse(argument(node, "store"))
+            if tiered(store) and not (rule and rule.salient):
+                store = replace(store, k=replace(store.k, format=upper(store.k.format)),
+                                v=replace(store.v, format=upper(store.v.format)))
+                node.kwargs = cast(Any, {**node.kwargs, "store": str(store)})
+                outcomes.append(Rewritten(index, "all tokens in the upper tier, without scores"))
             if not rule or not rule.every and not rule.apart:
                 continue
-            store = Store.parse(argument(node, "store"))
-            how = [_how(node, rule, store, said(plan[index]))] if rule.every else []
+            check = _tiers if rule.salient else _how
+            how = [check(node, rule, store, said(plan[index]))] if rule.every else []
             how += ["one slot more for what is dropped"] if rule.apart else []
             store = replace(store, slots=bool(rule.every), rest=rule.apart)
             node.kwargs = cast(Any, {**node.kwargs, "store": str(store)})
@@ -70,6 +77,45 @@ def _how(node: Node, rule: Rule, store: Store, term: object) -> str:
         raise RecipeError(f"{term}: layer {layer}: blocks of {odd[0]} tokens are encoded together "
                           f"and {PAGE} are evicted; use a block that divides {PAGE}")
     return f"evicts pages of {PAGE} tokens, because of {', '.join(reasons)}"
+
+
+def _tiers(node: Node, rule: Rule, store: Store, term: object) -> str:
+    """What is in which tier; raises RecipeError where the store has no tiers by score."""
+    where = f"{term}: layer {argument(node, 'layer')}"
+    if not any(hasattr(rule.scorer, name) for name in ("observe", "averaged")):
+        raise RecipeError(f"{where}: {rule.score.name} does not score the tokens that follow a "
+                          "prompt from what attention gives them")
+    if store.sinks or store.window:
+        raise RecipeError(f"{where}: tokens cannot be put in order in a store that keeps the first "
+                          "or the last ones apart")
+    for side in store.sides:
+        how = store.side(side)
+        if salient(how.format) != rule.salient or (how.block, how.lag) != (PAGE, 0):
+            raise RecipeError(f"{where}: {rule.salient} of {PAGE} tokens are salient, but "
+                              f"{side.upper()} is stored as {term_of(how.format)}, {how.block} "
+                              f"tokens at a time behind {how.lag}")
+    return f"the {rule.salient} of {PAGE} with the highest scores are stored first"
+
+
+def salient(fmt: Format) -> int:
+    """How many tokens of a block a format takes more bits for; 0: for all the same."""
+    inside = getattr(fmt, "inner", None)
+    return int(getattr(fmt, "salient", 0)) or (salient(inside) if inside else 0)
+
+
+def upper(fmt: Format) -> Format:
+    """The same with more bits for every token."""
+    if hasattr(fmt, "salient"):
+        return fmt.parts[0][0]  # type: ignore[attr-defined]
+    if not salient(fmt):
+        return fmt
+    args = dict(term_of(fmt).args) | {"of": term_of(upper(fmt.inner))}  # type: ignore[attr-defined]
+    return format_of(Term(fmt.name, tuple(args.items())))
+
+
+def tiered(store: Store) -> bool:
+    """Whether some tokens of a block are stored better than others."""
+    return any(salient(store.side(side).format) for side in store.sides)
 
 
 PASS = Evict()

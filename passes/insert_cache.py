@@ -24,7 +24,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from kvcompile.errors import RecipeError
-from kvcompile.ir import APPEND, ATTEND, BESIDE, EVICT, STORABLE, argument, attention_nodes
+from kvcompile.ir import APPEND, ATTEND, BESIDE, EVICT, RANK, STORABLE, argument, attention_nodes
 from kvcompile.passes.chosen import Chosen
 from kvcompile.plan import LayerPlan
 from kvcompile.rewrite import Outcome, Rewritten
@@ -124,6 +124,11 @@ def _extend(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list
         for own in shared:
             every = [i for layer in own.layers for i in sites[layer].members or (layer,)]
             layers, layout = [nodes[i] for i in every], sites[own.layers[0]].layout
+            if any(Rule.parse(argument(n, "rule")).salient for n in layers if argument(n, "rule")):
+                both = _rank(graph, own.planes, layers, [m for i in own.layers if (m := mass[i])],
+                             allowed, layout)
+                _append(graph, own.planes, layers, [*range(len(layers))], allowed, layout, both)
+                continue
             for store in dict.fromkeys(sites[layer].own for layer in own.layers):
                 alike = [i for i in own.layers if sites[i].own == store]
                 _append(graph, own.planes, [nodes[j] for i in alike
@@ -165,10 +170,23 @@ def _storable(graph: Graph, nodes: list[Node], sites: Sequence[Site]) -> Node:
 
 
 def _append(graph: Graph, planes: list[Node], nodes: list[Node], slots: list[int],
-            valid: Node, layout: Store) -> None:
-    k, v = ([argument(n, side) for n in nodes] for side in SIDES)
+            valid: Node, layout: Store, both: list[list[Node]] | None = None) -> None:
+    """Store K and V of the nodes, or `both` in their place."""
+    k, v = both or ([argument(n, side) for n in nodes] for side in SIDES)
     _call(graph, APPEND, planes, k, v, argument(nodes[0], "positions"), valid,
           store=str(layout), slots=slots)
+
+
+def _rank(graph: Graph, planes: list[Node], nodes: list[Node], mass: list[Node], valid: Node,
+          layout: Store) -> list[list[Node]]:
+    """K and V of the layers in the order in which they are to be stored."""
+    k, v = ([argument(n, side) for n in nodes] for side in SIDES)
+    group = argument(nodes[0], "q").meta["val"].shape[1] // k[0].meta["val"].shape[1]
+    every = _call(graph, RANK, planes, mass, k, v, argument(nodes[0], "positions"), valid,
+                  store=str(layout), rules=[argument(n, "rule") for n in nodes],
+                  slots=[*range(len(nodes))], group=int(group))
+    ranked = [_call(graph, operator.getitem, every, i) for i in range(2)]
+    return [[_call(graph, aten.select.int, x, 0, i) for i in range(len(nodes))] for x in ranked]
 
 
 def _evict(graph: Graph, planes: list[Node], nodes: list[Node], mass: list[Node], valid: Node,

@@ -9,10 +9,11 @@ after they left; ``sinks`` and ``window`` are how many of the first and last tok
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import gcd
 from typing import Any
 
 from kvcompile.method import Axes, Method, Param
-from kvcompile.recipe import Value
+from kvcompile.recipe import Term, Value
 
 GROUPS = (16, 32, 64, 128)
 
@@ -82,10 +83,18 @@ def _gear(p: Mapping[str, Any]) -> Axes:
 
 
 def _zipcache(p: Mapping[str, Any]) -> Axes:
-    by_channel = f"int(bits={p['bits']}, axis=channel, group=128)"
-    by_token = f"scaled(of=int(bits={p['bits']}, axis=token, group=128), block=128)"
+    salient = int(p["salient"] * 128) if p["low"] < p["bits"] else 0
+    group = gcd(salient, 128) if salient else 128
+
+    def tiers(axis: str, group: int) -> str:
+        high, low = (f"int(bits={p[n]}, axis={axis}, group={group})" for n in ("bits", "low"))
+        return f"mixed(high={high}, low={low}, salient={salient})" if salient else high
+
+    by_channel, by_token = tiers("channel", group), f"scaled(of={tiers('token', 128)}, block=128)"
+    rule: dict[str, Value] = {"keep.score": Term("normalized"), "keep.budget": Term("all"),
+                              "keep.every": 1, "keep.salient": salient} if salient else {}
     return {"format.k": by_channel if p["keys"] == "channel" else by_token, "block.k": 128,
-            "lag.k": 0, "format.v": by_token, "block.v": 128, "lag.v": 0}
+            "lag.k": 0, "format.v": by_token, "block.v": 128, "lag.v": 0, **rule}
 
 
 def _prerope(p: Mapping[str, Any]) -> Axes:
@@ -211,18 +220,22 @@ METHODS: tuple[Method, ...] = (
     ),
     Method(
         name="zipcache",
-        title="ZipCache at one precision",
+        title="ZipCache",
         paper="arXiv:2405.14256",
         family="quantization",
         params=(
-            Param("bits", 4, choices=(2, 4, 8), help="bits of a stored number"),
+            Param("bits", 4, choices=(2, 4, 8), help="bits of a salient token's numbers"),
+            Param("low", 2, choices=(2, 4, 8), help="of the others'; no fewer: one precision"),
+            Param("salient", 0.5, choices=tuple(i / 8 for i in range(1, 8)), help="share of them; "
+                  "scales of K per channel are for 64 tokens at 0.5, else for fewer"),
             Param("keys", "channel", choices=("channel", "token"),
                   help="K per channel, or channel-separable per token as V"),
         ),
         axes=_zipcache,
         note="V channel-separable per token: each channel is divided by the root of its largest "
-        "magnitude, then each token has one scale. Missing: the second tier, fewer bits for "
-        "tokens of low normalized attention, which every 100 tokens decides anew",
+        "magnitude, then each token has one scale. Of a prompt, and then of every 128 tokens, the "
+        "share of highest normalized attention has more bits, head by head, for good: the paper "
+        "decides anew every 100 tokens",
     ),
     Method(
         name="prerope",

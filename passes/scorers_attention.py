@@ -1,5 +1,6 @@
 """Scorers that ask what attention looks at. None of them forms an N x N matrix."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -177,4 +178,40 @@ class Critical(Around):
         return out.scatter(-1, top, torch.inf).masked_fill(base.isposinf(), torch.inf)
 
 
-SCORERS = (Window, Received, Last, Ignored, Repeat, Critical)
+@dataclass(frozen=True)
+class Normalized:
+    """ZipCache: the mean weight that a token gets from the queries that see it (arXiv:2405.14256,
+    section 4.2).
+
+    Of a prompt's queries only probes look: the share `recent` of the newest, and the share `random`
+    of the others, the same for prompts of a length; they stand for all of them. While decoding
+    all queries do.
+    """
+
+    recent: float = 0.05
+    random: float = 0.05
+    name: ClassVar[str] = "normalized"
+    looks: ClassVar[int] = 0
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def probes(self, tokens: int) -> Tensor:
+        """Numbers of the queries that look, ascending; the last one always does."""
+        newest = max(1, math.ceil(self.recent * tokens))
+        some = min(math.ceil(self.random * tokens), tokens - newest)
+        drawn = torch.randperm(tokens - newest, generator=torch.Generator().manual_seed(tokens))
+        return torch.cat([drawn[:some].sort().values, torch.arange(tokens - newest, tokens)])
+
+    def prompt(self, x: Prompt) -> Tensor:
+        at = self.probes(x.tokens).to(x.k.device)
+        total = torch.zeros(x.heads, x.tokens, device=x.k.device)
+        for w in x.of(at):
+            total += w[..., : x.tokens].mean(1).sum(1)
+        return total / (at[:, None] >= torch.arange(x.tokens, device=at.device)).sum(0)
+
+    def averaged(self, score: Tensor, mass: Tensor, seen: Tensor, queries: Tensor) -> Tensor:
+        """The means [.., T] after a call that gave `mass`: `seen` [T] queries saw a token by now,
+        `queries` of them in this call."""
+        return (score * (seen - queries) + mass) / seen
+
+
+SCORERS = (Window, Received, Last, Ignored, Repeat, Critical, Normalized)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, cast
 from torch.fx import GraphModule, Node
 
 from kvcompile.errors import RecipeError
+from kvcompile.format import PAGE
 from kvcompile.ir import ROPE, argument, attention_nodes
 from kvcompile.plan import LayerPlan
 from kvcompile.recipe import Term
@@ -36,7 +37,8 @@ class Select:
     name: ClassVar[str] = "select"
     order: ClassVar[int] = 50
     axes: ClassVar[tuple[str, ...]] = ("sinks", "window", "positions", *(KEEP + name for name in (
-        "score", "budget", "sinks", "recent", "every", "merge", "positions", "channels")))
+        "score", "budget", "sinks", "recent", "every", "merge", "positions", "channels",
+        "salient")))
 
     def run(self, gm: GraphModule, plan: Sequence[LayerPlan]) -> list[Outcome]:
         outcomes: list[Outcome] = []
@@ -115,6 +117,8 @@ def _rule(node: Node, axes: Mapping[str, Any], index: int, ruled: list[int], own
     tokens = f"tokens by {rule.score}, {rule.budget}{drops}" if KEEP + "score" in axes else ""
     floor = words(*rule.stays(0))
     tokens += f"; at least {floor}" if tokens and floor else ""
+    if rule.salient:
+        tokens = f"{rule.salient} of {PAGE} tokens in the upper tier, by {rule.score}"
     channels = f"channels of K by {rule.channels}" if rule.channels else ""
     return Rewritten(index, "; ".join(filter(None, (tokens, channels))))
 

@@ -13,7 +13,8 @@ from kvcompile.models.smollm2 import smollm2, topics_ids
 
 RECIPES = (
     "rtn(bits=4)", "nf4", "quarot(bits=4)", "quarot(bits=4, clip=1)", "kivi(bits=4, residual=0)",
-    "zipcache(bits=4)", "zipcache(bits=4, keys=token)", "gear(bits=4)", "kvquant(bits=4)",
+    "zipcache(bits=4, low=4)", "zipcache(bits=4, low=4, keys=token)", "gear(bits=4)",
+    "kvquant(bits=4)",
     "kvtuner(bits=4, residual=0)", "rtn(bits=2)", "rtn(bits=2, group=16)", "quarot(bits=2)",
     "quarot(bits=2, clip=1)", "kivi(bits=2, residual=0)", "kivi(bits=2, group=16, residual=0)",
     "zipcache(bits=2)", "gear(bits=2)", "gear(bits=2, rank=0)", "gear(bits=2, outliers=0)",

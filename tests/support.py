@@ -18,12 +18,22 @@ TABLE = ("[-0.95, -0.8, -0.65, -0.5, -0.4, -0.3, -0.2, -0.1, 0, 0.1, 0.2, 0.35, 
           "0.95]")
 MORE = ("nf4(residual=32)", "quarot(bits=4)", "quarot(bits=2, residual=16)",
         "gear(bits=2, block=64)",
-        "zipcache(bits=4)", "zipcache(bits=2, keys=token)",
+        "zipcache(bits=4, low=4)", "zipcache(bits=2, keys=token)",
         f"kvquant(layers=:2, k=[{TABLE}, {TABLE}], v=[{TABLE}, {TABLE}])",
         "kvtuner(layers=:2, k=[8, 2], v=[4, 2], residual=32)", "cla+int8",
         "minicache(start=0)+kivi(bits=4)")
 EVERY = (*RECIPES, *(pytest.param(recipe, marks=pytest.mark.slow, id=recipe.partition(", k=")[0])
                      for recipe in MORE))
+
+
+def slow_but(quick, values):
+    """`values` to parametrize by, of which all but `quick` are slow."""
+    return [v if v in quick else pytest.param(v, marks=pytest.mark.slow) for v in values]
+
+
+# methods whose steps take long to compile or to interpret, and whose formats and tiers others
+# have; what is registered anew is not here
+LONG = ("gear", "kvquant", "kvtuner", "mha2mla", "pod", "quarot", "rtn", "xquant", "zipcache")
 
 
 @cache

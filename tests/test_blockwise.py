@@ -111,8 +111,8 @@ LATER = sorted(QUICK)
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(n, marks=() if n in ("kivi4", "bf16", "sinks-window", "gear", "scaled") else
-                 pytest.mark.slow) for n in LATER])
+    pytest.param(n, marks=() if n in ("bf16", "sinks-window", "gear") else pytest.mark.slow)
+    for n in LATER])
 def test_a_later_turn(name):
     Prompt(**QUICK[name], tokens=70).check()
 

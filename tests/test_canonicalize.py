@@ -46,7 +46,7 @@ MODELS = {
     "stablelm": ("rope half q,k, 4 of 16 channels", 0),
     "starcoder2": ("rope half q,k", 0),
 }
-QUICK = {"deepseek_v2", "gpt2", "llama"}
+QUICK = {"gpt2", "llama"}
 ROUNDED = {"deepseek_v2"}  # torch rounds products of complex numbers differently
 
 

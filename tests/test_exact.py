@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import greedy, optimized, plain, prompt
+from support import greedy, optimized, plain, prompt, slow_but
 
 ARCHS = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2",
          "starcoder2", "smollm3", "deepseek_v2", "mixtral", "gpt_oss")
@@ -10,7 +10,10 @@ MORE = ("gemma", "phi", "gpt_neox", "opt", "stablelm", "olmo2", "granite", "cohe
         "exaone4", "glm4", "qwen3_moe", "bitnet", "deepseek_v3", "nemotron")
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+QUICK = ("llama", "qwen3", "mistral", "gemma2", "phi3", "gpt2", "smollm3", "deepseek_v2", "gpt_oss")
+
+
+@pytest.mark.parametrize("arch", slow_but(QUICK, ARCHS))
 def test_greedy_tokens_and_logits_equal(arch):
     theirs, ours = plain(arch), optimized(arch)
     for tokens in (1, 7, 200):

@@ -178,7 +178,8 @@ QUICK = {
 
 
 LAWS = {"fp8", "nf4", "hadamard", "centered", "scaled", "gear", "kvquant", "latent", "latent-int8",
-        "direction", "direction-window", "channels", "bf16-symmetric", "fp16"}
+        "direction", "direction-bf16", "direction-window", "channels", "bf16-symmetric", "fp16",
+        "latent-coded"}
 #       alike in test_registered_kernels.py
 
 
@@ -239,7 +240,8 @@ def test_padding_gets_zeros_and_a_batch_is_its_rows():
     assert torch.isfinite(alone.check()).all() and torch.isfinite(every.check()).all()
 
 
-@pytest.mark.parametrize("name", ["kivi4", "dense", "bf16"])
+@pytest.mark.parametrize("name", ["kivi4", *(
+    pytest.param(n, marks=pytest.mark.slow) for n in ("dense", "bf16"))])
 def test_the_attention_mass_of_each_token(name):
     """What each number gets of the weights of its kv head's queries, the query's own included."""
     case = Case(**QUICK[name], mass=True)
@@ -282,9 +284,7 @@ def test_what_has_no_kernel_says_why(store, dims, names):
     assert torch.equal(got, want)
 
 
-APPENDED = ("store", KIVI.format(4, 32), KIVI.format(2, 32), "store(k=int, v=int(bits=4), v_lag=3)",
-            "store(k=fp8, v=fp8(kind=e5m2))", "store(k=nf4(axis=channel), v=nf4)",
-            "store(k=int(bits=4, symmetric=true), v=hadamard(of=int(bits=4, symmetric=true)))",
+APPENDED = (KIVI.format(4, 32), "store(k=int, v=int(bits=4), v_lag=3)",
             "store(k=int(bits=4, axis=channel), k_block=128, v=int(bits=4), v_lag=128, sinks=4, "
             "window=100)", "store(sinks=3, window=20)", MERGED.format(2),
             "store(k=direction(of=dense, kept=9), v=direction(of=fp8, t=0, kept=0), sinks=3, "
@@ -292,6 +292,9 @@ APPENDED = ("store", KIVI.format(4, 32), KIVI.format(2, 32), "store(k=int, v=int
             "store(k=outliers(of=nuq(table=[-0.9, -0.2, 0.3, 0.8], axis=channel, group=128)), "
             "v=hadamard(of=centered(of=scaled(of=outliers(of=int(bits=4, clip=0.9))))), sinks=1)",
             *(pytest.param(text, marks=pytest.mark.slow) for text in (
+                "store", KIVI.format(2, 32), "store(k=fp8, v=fp8(kind=e5m2))",
+                "store(k=nf4(axis=channel), v=nf4)",
+                "store(k=int(bits=4, symmetric=true), v=hadamard(of=int(bits=4, symmetric=true)))",
                 "store(k=hadamard(of=int(bits=4, axis=channel, clip=0.95)), v=int(clip=0.9))",
                 "store(k=scaled(of=int(bits=4, group=64)), v=scaled(of=nf4(axis=channel), "
                 "block=32), v_block=64)",

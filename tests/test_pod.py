@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import greedy, optimized, plain, prompt
+from support import greedy, optimized, plain, prompt, slow_but
 from transformers import AttentionInterface
 
 import kvcompile
@@ -39,7 +39,7 @@ def theirs(arch, factor, sinks, recent, ids):
         return model(ids, use_cache=False).logits
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize("arch", slow_but(["llama"], ["llama", "gpt2"]))
 @pytest.mark.parametrize("factor,sinks,recent", [(2, 4, 32), (4, 16, 1), (3, 0, 20)])
 def test_decoding_is_that_of_a_model_with_the_keys_of_two_layers(arch, factor, sinks, recent):
     """Token by token through the cache against whole sequences in transformers."""
@@ -84,7 +84,7 @@ RECIPES = ("pod(factor=2, sinks=4, recent=32)", "pod(factor=4, sinks=0, recent=3
            "pod(factor=4, sinks=4, recent=0)+kivi(bits=4, residual=32)")
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", slow_but(RECIPES[2:], RECIPES))
 def test_bytes_batches_and_the_laws(recipe):
     model = kvcompile.optimize(plain("llama"), recipe, compile=False, verify=True)
     ids = prompt(300, batch=2)

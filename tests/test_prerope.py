@@ -22,7 +22,8 @@ def turned(x, cos, sin):
     return torch.cat([a * c - b * s, b * c + a * s, rest], -1)
 
 
-@pytest.mark.parametrize("arch", ["llama", "phi", "gemma2"])  # halves; part of a head; windows
+@pytest.mark.parametrize("arch", ["phi", *(  # part of a head is turned; halves; windows
+    pytest.param(arch, marks=pytest.mark.slow) for arch in ("llama", "gemma2"))])
 def test_without_a_lossy_format_nothing_changes(arch):
     model = tiny(arch)
     own = kvcompile.optimize(model, "prerope", compile=False)

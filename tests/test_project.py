@@ -189,7 +189,7 @@ def test_energy_gives_layers_ranks_of_their_own():
 
 @pytest.mark.parametrize("arch, reason", [
     ("qwen3", "a norm stands between the projection and attention"),
-    ("deepseek_v2", "comes from several projections")])
+    ("deepseek_v2:1", "comes from several projections")])
 def test_what_cannot_be_factored_says_why(arch, reason):
     outcomes = lowered(arch, "palu(whiten=false)").outcomes["project"]
     assert any(isinstance(o, Refused) and reason in o.reason and o.node for o in outcomes)

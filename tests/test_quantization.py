@@ -128,14 +128,14 @@ def test_gear():
 def test_zipcache():
     """Divide by c = sqrt(max |X_i|) of each channel, quantize per token, multiply by c."""
     x = data()
-    k, v = both("zipcache(bits=4)", x)
+    k, v = both("zipcache(bits=4, low=4)", x)
     want, step = minmax(x.unflatten(-2, (-1, 128)), 4, -2)
     close(k, want.flatten(-3, -2), step.expand_as(want).flatten(-3, -2))
     c = x.unflatten(-2, (-1, 128)).abs().amax(-2, keepdim=True).sqrt()
     c = c.expand(-1, -1, 128, -1).flatten(-3, -2)
     want, step = minmax(x / c, 4, -1)
     close(v, want * c, step * c)
-    assert torch.equal(both("zipcache(bits=4, keys=token)", x)[0], v)
+    assert torch.equal(both("zipcache(bits=4, low=4, keys=token)", x)[0], v)
 
 
 def test_kvquant():

@@ -81,9 +81,9 @@ def test_rotated_keys_are_projected_on_their_principal_channels():
 
 
 def test_projections_are_exact_at_full_rank_and_worse_below():
-    ids, base = prompt(60), optimized("llama").kvcompile.program
+    ids, base = prompt(60), optimized("llama:2").kvcompile.program
     want, errors = logits(base, ids), []
-    for ratio in (0.125, 0.5, 0.75, 1.0):
+    for ratio in (0.125, 0.5, 1.0):
         made = base.lower(f"matryoshkakv(ratio={ratio}, multiple=1)", calibration=prompt(64, 4))
         errors.append(float((logits(made, ids) - want).norm() / want.norm()))
     assert errors == sorted(errors, reverse=True)

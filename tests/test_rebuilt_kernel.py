@@ -99,7 +99,7 @@ def tolerance(given, operands, want):
     return logit, (torch.expm1(torch.tensor(2 * logit)).item() + weights) * 5.0 + last
 
 
-SLOW = {"turned", "interleaved", "sinks", "low-rank-offset", "no-rotation", "fp16-angles"}
+SLOW = CASES.keys() - {"mass", "side-by-side", "partial"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n

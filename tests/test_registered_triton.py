@@ -1,11 +1,10 @@
 """The laws of Triton's kernels for every registered format and method, by the interpreter."""
 
 import pytest
+from support import LONG
 from test_triton import interpret, needs_triton
 
-# methods that take long, whose formats and tiers others have; what is registered anew is not here
-SLOW = ("method and (kvquant or mha2mla or kvtuner or gear or rtn or quarot or xquant or zipcache "
-        "or pod)")
+SLOW = f"method and ({' or '.join(LONG)})"
 
 
 @needs_triton

@@ -37,7 +37,8 @@ def theirs(arch, first, ids):
 
 
 @pytest.mark.parametrize("arch, start, first", [
-    ("llama", 0.5, 2), ("qwen3", 0.25, 1), ("gemma3_text", 0, 0)])
+    ("llama", 0.5, 2), ("qwen3", 0.25, 1),
+    pytest.param("gemma3_text", 0, 0, marks=pytest.mark.slow)])
 def test_logits_are_those_of_the_hooked_model(arch, start, first):
     """The prompt and decoding steps through the cache."""
     model, ids = optimized(arch, f"swiftkv(start={start})"), prompt(40)
@@ -80,7 +81,8 @@ def test_the_graph(request):
 
 
 def test_what_cannot_be_redirected():
-    report = kvcompile.explain(tiny("deepseek_v2", num_hidden_layers=2), "swiftkv(start=0)")
+    dense = tiny("deepseek_v2", num_hidden_layers=2, first_k_dense_replace=2)
+    report = kvcompile.explain(dense, "swiftkv(start=0)")
     assert {r.layer: (r.what, r.node) for r in report.rows if r.status == "refused"} == {
         1: ("K and V of layer 1 are not projected from one norm", "attention_1")}
     later = [type(p)({"input": 1}, {"input": p.origin["input"]}) if p.get("input") else p

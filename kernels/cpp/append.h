@@ -18,6 +18,7 @@ template <int BITS, uint32_t CUT> struct Asymmetric {
     static void fit(const float* x, int n, half& scale, half& low) {
         float least = x[0], most = x[0];
         for (int i = 1; i < n; i++) least = std::min(least, x[i]), most = std::max(most, x[i]);
+        least = least + 0.0f, most = most + 0.0f;  // no -0
         if constexpr (CUT != 0) {
             float cut = (most - least) * as_float(CUT);
             least = least + cut, most = most - cut;

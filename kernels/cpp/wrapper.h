@@ -266,4 +266,39 @@ template <class Inner, int D, int LEFT, int STEP> struct Channels {
     }
 };
 
+// Of every page the first N tokens in one format, the others in another. A page of a part holds
+// fewer tokens than its reader believes: APART is, for each plane, how many bytes fewer that are.
+template <class High, class Low, int D, int N, long... APART> struct Mixed {
+    static constexpr int planes = High::planes + Low::planes;
+    struct Part {
+        const void* plane[CONSTANTS + 1] = {};
+        Part(const void* const* all, long page, int from, int many) {
+            constexpr long apart[] = {APART...};
+            for (int i = 0; i < many; i++) plane[i] = (const char*)all[from + i] - page * apart[from + i];
+            plane[CONSTANTS] = all[CONSTANTS];
+        }
+    };
+    static Part upper(const void* const* plane, long page) { return Part(plane, page, 0, High::planes); }
+    static Part lower(const void* const* plane, long page) { return Part(plane, page, High::planes, Low::planes); }
+    static constexpr int CUT = N / 16;
+    High high;
+    Low low;
+    Mixed(const void* const* plane, long page) : high(upper(plane, page).plane, page), low(lower(plane, page).plane, page) {}
+
+    template <int R, bool ROUGH> void logits(const float* const* q, const float* peaks, int first, int last, float (*out)[PAGE]) const {
+        if (first < CUT) high.template logits<R, ROUGH>(q, peaks, first, std::min(last, CUT), out);
+        if (last > CUT) low.template logits<R, ROUGH>(q, peaks, std::max(first, CUT) - CUT, last - CUT, (float (*)[PAGE])(out[0] + N));
+    }
+
+    template <int R, bool ROUGH> void add(const float (*p)[PAGE], const float* share, int first, int last, float (*o)[D]) const {
+        if (first < CUT) high.template add<R, ROUGH>(p, share, first, std::min(last, CUT), o);
+        if (last > CUT) low.template add<R, ROUGH>((const float (*)[PAGE])(p[0] + N), share, std::max(first, CUT) - CUT, last - CUT, o);
+    }
+
+    void rows(int first, int last, float (*out)[D]) const {
+        if (first < CUT) high.rows(first, std::min(last, CUT), out);
+        if (last > CUT) low.rows(std::max(first, CUT) - CUT, last - CUT, out + N);
+    }
+};
+
 }  // namespace kvc

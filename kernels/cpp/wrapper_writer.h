@@ -134,4 +134,17 @@ struct OutliersWriter<CodedWriter<K, D, V, Fit, AXIS, GROUP, S, LOW>, Reader, N>
     }
 };
 
+// Whole pages: the first N tokens and the others.
+template <class High, class Low, class Reader, int D, int N> struct MixedWriter {
+    static void write(const void* const* plane, long page, int, const float (*x)[D], int) {
+        High::write(Reader::upper(plane, page).plane, page, 0, x, N);
+        Low::write(Reader::lower(plane, page).plane, page, 0, x + N, PAGE - N);
+    }
+
+    static void decode(const void* const* plane, long page, int, float (*out)[D], int) {
+        High::decode(Reader::upper(plane, page).plane, page, 0, out, N);
+        Low::decode(Reader::lower(plane, page).plane, page, 0, out + N, PAGE - N);
+    }
+};
+
 }  // namespace kvc

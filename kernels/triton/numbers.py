@@ -140,6 +140,7 @@ def peak_of(g, inside, AXIS: tl.constexpr):
 def fit_range(g, inside, AXIS: tl.constexpr, MOST: tl.constexpr, CUT: tl.constexpr):
     """low rounded down, and scale to nearest, so that codes 0 .. MOST span the range."""
     least, most = extremes(g, inside, AXIS)
+    least, most = least + 0.0, most + 0.0  # no -0
     if CUT > 0:
         cut = (most - least) * CUT
         least, most = least + cut, most - cut

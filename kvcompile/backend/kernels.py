@@ -21,7 +21,7 @@ from kvcompile.ir import APPEND, ATTEND, ATTENTION, EVICT, LINEAR, STORABLE
 from kvcompile.kernels import cpp_append, cpp_attend, cpp_blockwise, cpp_evict
 from kvcompile.kernels import linear as linears
 from kvcompile.kernels.dense import CPP
-from kvcompile.kernels.rebuild import Made
+from kvcompile.kernels.rebuild import made
 from kvcompile.store import Store
 
 
@@ -69,7 +69,8 @@ def attend(q: Any, k: Any, v: Any, planes: list[Any], positions: Any, valid: Any
                                             ("sin", sin)) if x is not None}
     if making:
         shape = shape._replace(dims=(int(k.get_size()[3]), shape.dims[1]),
-                               made=_made(q, shape.heads, making, style))
+                               made=made(int(q.get_size()[3]), shape.heads, making.get("basis"),
+                                         making.get("offset"), making.get("cos"), style))
     if not _equal(tokens, 1):
         if making:
             return None
@@ -93,16 +94,6 @@ def attend(q: Any, k: Any, v: Any, planes: list[Any], positions: Any, valid: Any
     results["out"] = o = empty(size, q.get_dtype())
     kernel(text, statements, {**inputs, **results}, [1], torch.uint8, [*results])
     return o, results.get("lse", o), results.get("mass", o)
-
-
-def _made(q: Any, heads: int, making: dict[str, Any], style: str) -> Made:
-    """How keys are made of the operands that are given."""
-    basis, cos = making.get("basis"), making.get("cos")
-    parts = basis if basis is not None else making.get("offset")
-    return Made(
-        int(q.get_size()[3]), 1 if basis is None else int(basis.get_size()[0]) // heads,
-        basis is not None, "offset" in making, 0 if cos is None else int(cos.get_size()[3]), style,
-        *(torch.float32 if x is None else x.get_dtype() for x in (cos, parts)))
 
 
 def _many(shape: cpp_attend.Shape, q: Any, k: Any, v: Any, planes: list[Any], valid: Any,

@@ -64,11 +64,16 @@ def drawn_term(method: Method, data: Any, layers: int = 0) -> Term:
 def drawn(method: Method, data: Any, members: bool = True) -> Store:
     """The store of a layer under the method with some parameters; of layers stored together too,
     with `members`."""
+    return drawn_site(method, data, members).store
+
+
+def drawn_site(method: Method, data: Any, members: bool = True) -> Site:
+    """The same layer."""
     recipe = str(drawn_term(method, data))
-    stores = dict.fromkeys(s.store for s in sites_of(recipe)
-                           if s.owner is None and (members or s.store.members == 1))
-    assume(stores)
-    return data.draw(st.sampled_from(list(stores)))
+    found = {(s.store, s.made): s for s in sites_of(recipe)
+             if s.owner is None and (members or s.store.members == 1)}
+    assume(found)
+    return data.draw(st.sampled_from(list(found.values())))
 
 
 class Shape(NamedTuple):
@@ -136,7 +141,7 @@ def qkv(data: Any, batch: int, tokens: int, shape: Shape, some: Any = None
     return q, k, v
 
 
-@law("method", cost=5)
+@law("method", cost=10)
 def every_token_is_in_one_tier(method: Method, data: Any) -> None:
     """Tiers hold the kept tokens, each once, in order; none outgrows its ring."""
     store = drawn(method, data)

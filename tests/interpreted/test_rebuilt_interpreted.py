@@ -16,8 +16,7 @@ from kvcompile.ir import ATTEND  # noqa: E402
 from kvcompile.kernels import triton_launch  # noqa: E402
 
 MANY = {"many-queries": dict(store=KIVI, tokens=5, basis=True, keys=2, group=2, mass=True)}
-SLOW = {"turned", "interleaved", "low-rank", "no-rotation", "sinks", "mass", "bf16",
-        "fp16-angles"}
+SLOW = (CASES | MANY).keys() - {"side-by-side", "partial", "low-rank-offset"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n
