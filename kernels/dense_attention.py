@@ -8,6 +8,8 @@ are the last S of the T tokens: query i sees tokens up to T - S + i, and with a 
 `window` of those only.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -51,8 +53,26 @@ def attend_row(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softc
 
 def mass(q: Tensor, k: Tensor, lse: Tensor, scale: float, window: int, softcap: float) -> Tensor:
     """[H, T]: what each token gets of the softmax weights, summed over its kv head's queries."""
+    total = k.new_zeros(k.shape[:2], dtype=torch.float32)
+    for w, _ in _weights(q, k, lse, scale, window, softcap):
+        total += w.sum((1, 2))
+    return total
+
+
+def low(q: Tensor, k: Tensor, lse: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+    """[H, T]: how many queries give a token that they see less than its share, by the mean over the
+    query heads; times these."""
+    total = k.new_zeros(k.shape[:2], dtype=torch.float32)
+    for w, seen in _weights(q, k, lse, scale, window, softcap):
+        total += ((w.mean(1) < 1 / seen.sum(1, keepdim=True)) & seen).sum(1) * w.shape[1]
+    return total
+
+
+def _weights(q: Tensor, k: Tensor, lse: Tensor, scale: float, window: int, softcap: float
+             ) -> Iterator[tuple[Tensor, Tensor]]:
+    """Softmax weights [H, G, rows, T] of some queries at a time, and what they see [rows, T]."""
     (hq, s, _), (h, t, _) = q.shape, k.shape
-    folded, total = q.reshape(h, hq // h, s, -1), k.new_zeros(h, t, dtype=torch.float32)
+    folded = q.reshape(h, hq // h, s, -1)
     for start in range(0, s, CHUNK):
         rows = folded[:, :, start : start + CHUNK].float()
         logits = torch.einsum("hgsd,htd->hgst", rows, k.float()) * scale
@@ -60,8 +80,7 @@ def mass(q: Tensor, k: Tensor, lse: Tensor, scale: float, window: int, softcap: 
             logits = softcap * torch.tanh(logits / softcap)
         seen = visible(s, t, window, start, q.device)[: rows.shape[2]]
         own = lse.view(h, hq // h, s, 1)[:, :, start : start + CHUNK]
-        total += torch.exp(logits - own).masked_fill(~seen, 0).sum((1, 2))
-    return total
+        yield torch.exp(logits - own).masked_fill(~seen, 0), seen
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float,

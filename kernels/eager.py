@@ -15,6 +15,7 @@ from kvcompile.format import Side
 from kvcompile.ir import body
 from kvcompile.kernels import pages
 from kvcompile.kernels.dense_attention import attend_row, causal, decode, tokens_first
+from kvcompile.kernels.dense_attention import low as low_of
 from kvcompile.kernels.dense_attention import mass as weight_of
 from kvcompile.kernels.rebuild import Rebuild
 from kvcompile.store import SIDES, Store
@@ -178,7 +179,7 @@ def storable(k: list[Tensor], v: list[Tensor], k_limits: list[float], v_limits: 
 def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Tensor,
            valid: Tensor, sinks: Tensor | None, *, scale: float, window: int = 0,
            softcap: float = 0.0, store: str, slot: int = 0, layer: int = 0, mass: bool = False,
-           looks: int = 0, member: int = 0, basis: Tensor | None = None,
+           looks: int = 0, low: bool = False, member: int = 0, basis: Tensor | None = None,
            offset: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None,
            style: str = "", at: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Attention over what is stored and, causally, over this call's exact tokens.
@@ -190,7 +191,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Ten
     fp32; and with `mass` [B, H, Store.places + S] in fp32, else [B, H, 0]: what the token of each
     number gets of the softmax weights, summed over the query heads of its kv head and over S, or of
     each row's queries the last `looks`, if that is not 0; this call's tokens have the numbers that
-    they will be stored under. 0, -inf and 0 for padding.
+    they will be stored under. 0, -inf and 0 for padding. With `low`, where a row has several
+    queries, instead of weights: how many of these queries give a token that they see less than its
+    share (1 / as many as the query sees), by the mean over the query heads; times these.
     With `basis` or `cos` the keys are rebuilt from what is stored and from k
     (`kernels/rebuild.py`); cos and sin have a row for each token of the sequence by number, this
     call's too.
@@ -237,8 +240,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, planes: list[Tensor], positions: Ten
             if mass:
                 all_k = torch.cat([old[0], new[1]], 1)
                 asked = min(looks or tokens, new[0].shape[1])
-                each = weight_of(new[0][:, -asked:], all_k, out[1][:, -asked:], scale, window,
-                                 softcap)
+                say = low_of if low and new[0].shape[1] > 1 else weight_of
+                each = say(new[0][:, -asked:], all_k, out[1][:, -asked:], scale, window, softcap)
                 weights[row, heads, : all_k.shape[1]] = each.unflatten(
                     0, (heads.stop - heads.start, -1)).sum(1)
     return o, lse, weights

@@ -84,9 +84,9 @@ LIB.define(
 LIB.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor[] planes, Tensor positions, Tensor valid, "
     "Tensor? sinks, *, float scale, int window=0, float softcap=0.0, str store, int slot=0, "
-    "int layer=0, bool mass=False, int looks=0, int member=0, Tensor? basis=None, "
-    "Tensor? offset=None, Tensor? cos=None, Tensor? sin=None, str style='', Tensor? at=None) -> "
-    "(Tensor, Tensor, Tensor)"
+    "int layer=0, bool mass=False, int looks=0, bool low=False, int member=0, "
+    "Tensor? basis=None, Tensor? offset=None, Tensor? cos=None, Tensor? sin=None, "
+    "str style='', Tensor? at=None) -> (Tensor, Tensor, Tensor)"
 )
 LIB.define("storable(Tensor[] k, Tensor[] v, float[] k_limits, float[] v_limits) -> Tensor")
 LIB.define(
@@ -140,8 +140,8 @@ def _(planes, k, v, positions, valid, *, store, slots):  # type: ignore[no-untyp
 @torch.library.register_fake("kvc::attend", lib=LIB)
 def _(  # type: ignore[no-untyped-def]
     q, k, v, planes, positions, valid, sinks, *, scale, window=0, softcap=0.0, store, slot=0,
-    layer=0, mass=False, looks=0, member=0, basis=None, offset=None, cos=None, sin=None,
-    style="", at=None,
+    layer=0, mass=False, looks=0, low=False, member=0, basis=None, offset=None, cos=None,
+    sin=None, style="", at=None,
 ):
     o = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
     dims, (batch, heads) = (k.shape[-1], v.shape[-1]), k.shape[:2]

@@ -30,12 +30,14 @@ class Scorer(Protocol):
     """How much a token matters. `needs` names what it reads beside q, K and V: "weight" (of the
     linear after attention), "angles" (rotary), "ids" (of tokens) or "probe" (the prompt a second
     time). Attributes that it may have: `sinks` first and `window` newest tokens of a prompt it
-    always scores as infinite, and at most `rest` more of the newest.
+    always scores as infinite, and at most `rest` more of the newest; `waits`, why it must see a
+    prompt at once.
 
     One that scores the tokens that follow a prompt has `arrive(keys, positions, ids)`, or
     `observe` where scores change with what each step attends to; an attribute `looks` says of how
     many of several queries, the last ones, the weights are added up first (0: of all), and without
-    it they are asked one by one. With `final(score, keys)` a head's tokens are scored when some
+    it they cannot come together; with a true `low` it is not weights that are, but how often a
+    token got less than its share. With `final(score, keys)` a head's tokens are scored when some
     have to leave: score [T] and keys [T, Dk] of all that it holds, in order. Where tokens are put
     in order and none leaves (`salient`), `averaged(score, mass, seen, queries)` is told of how many
     queries each token has been seen, and of how many in this call. `cpp`, if there is
@@ -197,7 +199,8 @@ class Rule:
         """Why a prompt must be seen at once; ``""`` where it may come in pieces, after each of
         which heads go back to their budgets."""
         if not self.every:
-            return "chooses once, among all of a prompt's tokens, which it must see at once"
+            return getattr(self.scorer, "waits", "chooses once, among all of a prompt's tokens, "
+                           "which it must see at once")
         if self.observes and not hasattr(self.scorer, "looks"):
             return f"{self.score.name} looks from single queries, not from several at once"
         if not hasattr(self.budgeter, "told"):

@@ -212,6 +212,8 @@ def _attend(graph: Graph, node: Node, layout: Store, planes: list[Node], slot: i
         options["mass"] = True
         if looks := getattr(Rule.parse(rule).scorer, "looks", 0):
             options["looks"] = looks
+        if getattr(Rule.parse(rule).scorer, "low", False):
+            options["low"] = True
     options |= {n: node.kwargs[n] for n in ("basis", "offset", "cos", "sin", "style")
                 if n in node.kwargs}
     if member:

@@ -39,6 +39,8 @@ class Parts(Around):
     length: int = 512
     ratio: float = 0.5
     name: ClassVar[str] = "parts"
+    waits: ClassVar[str] = ("the question at a prompt's end looks at every part, and earlier "
+                            "pieces do not have it")
 
     def prompt(self, x: Prompt) -> Tensor:
         base = self.base.prompt(x)

@@ -110,7 +110,8 @@ class Last:
 
 @dataclass(frozen=True)
 class Ignored:
-    """Scissorhands: how often, in the last `history` queries, a token got less than its share.
+    """Scissorhands: how often, in the last `history` queries of a call, a token got less than its
+    share.
 
     A query that sees t tokens gives each 1 / t on average; the count is taken off.
     """
@@ -118,7 +119,12 @@ class Ignored:
     history: int = 400
     name: ClassVar[str] = "ignored"
     cpp: ClassVar[str] = "(fresh ? 0.0f : score) - (mass < 1.0f / held ? 1.0f : 0.0f)"
+    low: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def looks(self) -> int:
+        return self.history
 
     def prompt(self, x: Prompt) -> Tensor:
         first, row = max(0, x.tokens - self.history), max(0, x.tokens - self.history)
@@ -131,8 +137,10 @@ class Ignored:
         return -low[:, : x.tokens]
 
     def observe(self, score: Tensor, mass: Tensor, new: Tensor) -> Tensor:
+        """`mass`: what one query gave, or of several how many gave less than a token's share."""
         held = (mass > 0).sum(-1, keepdim=True).clamp(min=1)
-        return torch.where(new, 0.0, score) - (mass < 1 / held).float()
+        several = new.sum(-1, keepdim=True) > 1
+        return torch.where(new, 0.0, score) - torch.where(several, mass, (mass < 1 / held).float())
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,8 @@ class Lag:
     length: int = 128
     sinks: int = 4
     name: ClassVar[str] = "lag"
+    waits: ClassVar[str] = ("compares each part of a prompt with the next one, K and V of which a "
+                            "later piece would bring")
     needs: ClassVar[tuple[str, ...]] = ()
 
     @property

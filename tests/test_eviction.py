@@ -398,8 +398,9 @@ def test_a_budget_larger_than_the_prompt_is_said(caplog):
 
 @pytest.mark.parametrize(("recipe", "text"), [
     ("snapkv", "layer 0: chooses once, among all of a prompt's tokens, which it must see at once"),
+    ("lagkv", "layer 0: compares each part of a prompt with the next one"),
+    ("finch", "layer 0: the question at a prompt's end looks at every part"),
     ("keydiff", "layer 0: chooses once, among all of a prompt's tokens"),
-    ("scissorhands", "layer 0: ignored looks from single queries, not from several at once"),
     ("simlayerkv", "layer 0: its budget, lazy(")])
 def test_chunked_prompts_are_refused(recipe, text):
     with pytest.raises(KVCompileError) as info:
@@ -448,8 +449,9 @@ class Pieces:
             for head in range(self.heads):
                 every = [*held[head], *new]
                 most = limit if not start or len(every) >= limit + slack else len(every)
-                free = sorted(every[: len(every) - recent], 
-                              key=lambda j: (score[head][j], j))  # noqa: B023
+                age = 1 if start else -1               # of equals the first piece keeps the older
+                free = sorted(every[: len(every) - recent],
+                              key=lambda j: (score[head][j], age * j))  # noqa: B023
                 held[head] = sorted({*every} - {*free[: max(0, len(every) - most)]})
         return held
 
@@ -461,6 +463,18 @@ def added_up(total):
                 seen = [*held[head], *range(new[0], t + 1)]
                 for j, w in zip(seen, x.weights(head, t, seen).mean(0).tolist(), strict=True):
                     score[j] = score.get(j, 0.0) + w
+        return total
+    return scores
+
+
+def seldom_looked_at(total, history):
+    def scores(x, held, new):
+        for head, score in enumerate(total):
+            score.update(dict.fromkeys(new, 0))
+            for t in new[-history:]:
+                seen = [*held[head], *range(new[0], t + 1)]
+                for j, w in zip(seen, x.weights(head, t, seen).mean(0).tolist(), strict=True):
+                    score[j] -= w < 1 / len(seen)
         return total
     return scores
 
@@ -515,6 +529,10 @@ def redundant(x, held, new, n=4, mix=0.1, kernel=7, alike=0.5):
     ("h2o(ratio=0.2)", 26, 13, lambda: added_up([{}, {}]), 1),
     ("tova(budget=24)", 24, 1, lambda: last_query, 1),
     ("tova(ratio=0.3)", 39, 1, lambda: last_query, 1),
+    ("scissorhands(budget=24, every=1, recent=5)", 24, 5,
+     lambda: seldom_looked_at([{}, {}], 400), 1),
+    ("scissorhands(ratio=0.2, every=9, history=7)", 26, 10,
+     lambda: seldom_looked_at([{}, {}], 7), 9),
     ("keydiff(budget=24, every=1)", 24, 0, lambda: unlike_the_mean, 1),
     ("keydiff(ratio=0.1, every=30)", 13, 0, lambda: unlike_the_mean, 30),
     ("r-kv(budget=24, every=1, window=4)", 24, 4, lambda: redundant, 1)])

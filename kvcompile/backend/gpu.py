@@ -47,7 +47,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, planes: Sequence[Tensor], positions
     basis, offset, cos = (options.get(name) for name in ("basis", "offset", "cos"))
     how = made(q.shape[3], k.shape[1], basis, offset, cos, options.get("style", ""))
     why = unsupported(ATTEND, Store.parse(store), k.shape[1], q.shape[1], dims, q.dtype, how)
-    run = eager.attend if why else triton_launch.attend
+    if why or options.get("low") and valid.shape[1] > 1:
+        return eager.attend(q, k, v, list(planes), positions, valid, sinks, store=store, **options)
+    options.pop("low", None)  # of one query the same
+    run = triton_launch.attend
     return run(q, k, v, list(planes), positions, valid, sinks, store=store, **options)
 
 
@@ -83,7 +86,8 @@ def lower(gm: GraphModule, device: torch.device) -> None:
         if node.target in (ATTEND, APPEND) and not _refused(node):
             if node.target is ATTEND:
                 node.args = tuple(argument(node, name) for name in TENSORS)
-                node.kwargs = {n: x for n, x in node.kwargs.items() if n not in TENSORS}
+                node.kwargs = {n: x for n, x in node.kwargs.items()
+                               if n not in (*TENSORS, "low")}
             node.target = _ops()[node.target]
     gm.recompile()
 
@@ -95,6 +99,8 @@ def _refused(node: Node) -> str | None:
     if keys is None or values is None:
         return "it was not traced"  # its CUDA body is launched as it is
     q = keys if many else node.args[0].meta["val"]  # type: ignore[union-attr]
+    if node.kwargs.get("low") and q.shape[2] != 1:
+        return "queries are counted one by one"
     return unsupported(node.target, Store.parse(argument(node, "store")), int(keys.shape[1]),
                        int(q.shape[1]), (int(keys.shape[3]), int(values.shape[3])), keys.dtype,
                        None if many else made_of(node))

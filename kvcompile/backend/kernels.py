@@ -57,7 +57,7 @@ def attention(q: Any, k: Any, v: Any, positions: Any, valid: Any, sinks: Any, *,
 @lowering(ATTEND, cpp_attend, cpp_blockwise, *cpp_blockwise.FILES)
 def attend(q: Any, k: Any, v: Any, planes: list[Any], positions: Any, valid: Any, sinks: Any, *,
            scale: float, window: int = 0, softcap: float = 0.0, store: str, slot: int = 0,
-           layer: int = 0, mass: bool = False, looks: int = 0, member: int = 0,
+           layer: int = 0, mass: bool = False, looks: int = 0, low: bool = False, member: int = 0,
            basis: Any = None, offset: Any = None, cos: Any = None, sin: Any = None, style: str = "",
            at: Any = None) -> Any:
     """Over what is stored; the log-sum-exp and mass of one query only."""
