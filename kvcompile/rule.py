@@ -23,11 +23,14 @@ from kvcompile.prompt import Prompt
 from kvcompile.recipe import Term, Value, parse_term
 from kvcompile.registry import plugins
 
+FAR = 2**30  # tokens, more than any prompt has
+
 
 class Scorer(Protocol):
     """How much a token matters. `needs` names what it reads beside q, K and V: "weight" (of the
     linear after attention), "angles" (rotary), "ids" (of tokens) or "probe" (the prompt a second
-    time).
+    time). Attributes that it may have: `sinks` first and `window` newest tokens of a prompt it
+    always scores as infinite, and at most `rest` more of the newest.
 
     One that scores the tokens that follow a prompt has `arrive(keys, positions, ids)`, or
     `observe` where scores change with what each step attends to; an attribute `looks` says of how
@@ -108,6 +111,10 @@ class Around:
     @property
     def needs(self) -> tuple[str, ...]:
         return (*self.base.needs, *self.also)
+
+    @property
+    def sinks(self) -> int:
+        return getattr(self.base, "sinks", 0)
 
     @property
     def window(self) -> int:
@@ -207,12 +214,34 @@ class Rule:
         """Newest tokens that stay where a head keeps `budget`."""
         return int(self.recent * budget) if isinstance(self.recent, float) else self.recent
 
+    def stays(self, budget: int) -> tuple[int, int]:
+        """First and newest tokens of a prompt that always stay where a head keeps `budget`."""
+        first, newest = (getattr(self.scorer, name, 0) for name in ("sinks", "window"))
+        return max(self.sinks, first), max(self.protected(budget), newest)
+
+    def short(self, heads: int) -> str:
+        """Why a budget in tokens cannot be kept; ``""`` if it can be, or is a share of the prompt,
+        of which what always stays is the floor."""
+        budget = self.budgeter.most(FAR, heads)[1] // heads
+        first, newest = self.stays(budget)
+        if budget >= first + newest:
+            return ""
+        or_ = " and ".join(["fewer sinks"] * (first > 0) + ["a smaller window"] * (newest > 0))
+        return (f"a budget of {budget} tokens a head, but {words(first, newest)} always stay: give "
+                f"at least {first + newest}, or {or_}")
+
     def most(self, tokens: int, heads: int) -> tuple[int, int]:
         """At most how many of `tokens` a head holds after the prompt, and a layer's heads all."""
         each, total = self.budgeter.most(tokens, heads)
-        least = self.sinks + self.protected(total // heads) + getattr(self.scorer, "window", 0)
+        least = sum(self.stays(total // heads)) + getattr(self.scorer, "rest", 0)
         each = min(tokens, max(each, least, 1))
         return each, min(heads * each, max(total, heads * least))
+
+
+def words(first: int, newest: int) -> str:
+    """What stays, such as "4 first and 32 newest tokens"; ``""`` if nothing does."""
+    both = [f"{n} {word}" for n, word in ((first, "first"), (newest, "newest")) if n]
+    return f"{' and '.join(both)} token{'s' * (first + newest > 1)}" if both else ""
 
 
 @cache

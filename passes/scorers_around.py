@@ -20,6 +20,11 @@ class Chunks(Around):
     length: int = 10
     name: ClassVar[str] = "chunks"
 
+    @property
+    def rest(self) -> int:
+        """The chunk in which the window begins stays whole."""
+        return self.length - 1 if self.window else 0
+
     def prompt(self, x: Prompt) -> Tensor:
         total = self.base.prompt(x).sum(0)
         means = torch.cat([part.mean().expand(len(part)) for part in total.split(self.length)])

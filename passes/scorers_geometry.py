@@ -146,6 +146,14 @@ class Lag:
     name: ClassVar[str] = "lag"
     needs: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def window(self) -> int:
+        return self.length
+
+    @property
+    def rest(self) -> int:
+        return self.length - 1
+
     def prompt(self, x: Prompt) -> Tensor:
         parts = max(0, x.tokens - self.sinks) // self.length
         out = torch.full((x.heads, x.tokens), torch.inf, device=x.k.device)

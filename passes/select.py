@@ -12,7 +12,7 @@ from kvcompile.ir import ROPE, argument, attention_nodes
 from kvcompile.plan import LayerPlan
 from kvcompile.recipe import Term
 from kvcompile.rewrite import Outcome, Refused, Rewritten
-from kvcompile.rule import Rule, options
+from kvcompile.rule import Rule, options, words
 from kvcompile.site import halves, owners
 from kvcompile.store import Store
 from kvcompile.structure.beside import output_weight, rotary
@@ -109,12 +109,14 @@ def _rule(node: Node, axes: Mapping[str, Any], index: int, ruled: list[int], own
     if rule.apart and rule.observes:
         raise RecipeError(f"{term}: layer {index}: {rule.score.name} asks what each token gets of "
                           "the weights, which one slot for all dropped tokens changes")
-    missing = _missing(node, rule)
-    if missing:
-        raise RecipeError(f"{term}: layer {index}: {missing}")
+    problem = rule.short(argument(node, "k").meta["val"].shape[1]) or _missing(node, rule)
+    if problem:
+        raise RecipeError(f"{term}: layer {index}: {problem}")
     node.kwargs = cast(Any, {**node.kwargs, "rule": str(rule)})
     drops = "" if not rule.every else ", and while decoding"
     tokens = f"tokens by {rule.score}, {rule.budget}{drops}" if KEEP + "score" in axes else ""
+    floor = words(*rule.stays(0))
+    tokens += f"; at least {floor}" if tokens and floor else ""
     if rule.salient:
         tokens = f"{rule.salient} of {PAGE} tokens in the upper tier, by {rule.score}"
     channels = f"channels of K by {rule.channels}" if rule.channels else ""

@@ -308,7 +308,8 @@ def test_context_then_questions():
 
 
 def test_the_question_is_said_to_generate():
-    model = kvcompile.optimize(optimized("llama:2"), "snapkv(budget=30)", compile=False)
+    model = kvcompile.optimize(optimized("llama:2"), "snapkv(budget=30, window=16)",
+                               compile=False)
     out = greedy(model, prompt(100), 2, question_length=9, return_dict_in_generate=True)
     cache = kvcompile.prefill(model, prompt(100), question_length=9)
     want = cache.positions(0)[..., :30]
@@ -351,6 +352,14 @@ def test_windows_keep_their_own_tokens():
 @pytest.mark.parametrize(("recipe", "text"), [
     ("snapkv(budget=0)", "budget must be at least 1"),
     ("snapkv(budget=-3)", "budget must be at least 1"),
+    ("snapkv(budget=31)", "snapkv(budget=31): layer 0: a budget of 31 tokens a head, but 32 newest "
+     "tokens always stay: give at least 32, or a smaller window"),
+    ("lagkv(budget=20, length=17)", "4 first and 17 newest tokens always stay: give at least 21, "
+     "or fewer sinks and a smaller window"),
+    ("adakv(budget=16)+int8", "32 newest tokens always stay"),
+    ("r-kv(budget=7)", "8 newest tokens always stay"),
+    ("streamingllm-slots(budget=3)", "but 4 first tokens always stay: give at least 4, or fewer "
+     "sinks"),
     ("h2o(ratio=1.5)", "ratio must be at most 1.0"),
     ("h2o(ratio=0)", "ratio must be at least 0.001"),
     ("snapkv(budget=5, ratio=0.5)", "give budget= (tokens) or ratio= (a share), not both"),

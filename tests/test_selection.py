@@ -6,6 +6,7 @@ from pytest import mark
 
 from kvcompile.ir import KEEP, SCORE
 from kvcompile.kernels.select import largest
+from kvcompile.method import methods
 from kvcompile.passes.select import rule_of
 from kvcompile.plan import plan
 
@@ -103,6 +104,32 @@ def test_padding_changes_nothing(recipe):
                     n = len(tokens)
                     assert torch.equal(out[side][layer][row, head, :n],
                                        single[side][layer][0, head, :n])
+
+
+MORE = {"lagkv": ", length=16", "r-kv": ", window=20",
+        "headkv": f", heads={[[1.0] * refs.HEADS] * LAYERS}",
+        "qfilters": f", filters={[[[1.0] * refs.DIM] * refs.HEADS] * LAYERS}"}
+REST = {"lagkv": (TOKENS - 4) % 16, "chunkkv": 9}       # of a part or chunk, which stays with it
+
+
+@mark.parametrize("name", [name for name, m in methods().items() if "budget" in m.defaults])
+def test_budgets_that_what_stays_exceeds_are_refused_and_no_others(name):
+    layers = inputs()
+
+    def held(n: int) -> tuple[bool, float]:
+        """Whether the budget is refused, and tokens that a head would hold, on average."""
+        recipe = f"{name}(budget={n}{MORE.get(name, '')})"
+        rules = [rule_of(p.values, i, LAYERS) for i, p in enumerate(plan(recipe, LAYERS))]
+        probe = 50 if "probe" in rules[0].needs else 0
+        got, _ = kept(recipe, layers, weights=WEIGHTS, probe=probe)
+        return any(rule.short(refs.HEADS) for rule in rules), sum(
+            len(head) for layer in got for head in layer[0]) / refs.HEADS / LAYERS
+
+    legal = next(n for n in range(1, 80) if not held(n)[0])
+    assert legal == 1 or held(legal - 1)[1] > legal - 1
+    for n in (legal, legal + 1, legal + 17):
+        refused, tokens = held(n)
+        assert not refused and tokens <= n + REST.get(name, 0)
 
 
 @mark.parametrize("recipe", ["snapkv(ratio=1)", "h2o(ratio=1)", "tova(ratio=1)", "knorm(ratio=1)",
