@@ -1,6 +1,7 @@
 """Tiers by score: which tokens are salient, what each tier loses, and what cannot be combined.
 
-`Head` states ZipCache (arXiv:2405.14256) for one kv head as lists of tokens, in fp64.
+`Head` states ZipCache (arXiv:2405.14256), and with sums in place of means MiKV (arXiv:2402.18096)
+with H2O's scores, for one kv head as lists of tokens, in fp64.
 """
 
 import copy
@@ -41,6 +42,7 @@ class Token:
 @dataclass
 class Head:
     salient: int
+    total: bool = False     # whether scores are sums and not means
     blocks: list[tuple[list[Token], list[Token]]] = field(default_factory=list)
     waiting: list[Token] = field(default_factory=list)
 
@@ -59,7 +61,7 @@ class Head:
             for age, token in enumerate(reversed(new), 1):
                 token.got, token.looked = token.got / token.looked * age, age
         full = len(tokens) // BLOCK * BLOCK
-        best = sorted(tokens[:full], key=lambda t: -t.got / t.looked)
+        best = sorted(tokens[:full], key=lambda t: -t.got / (1 if self.total else t.looked))
         chosen = {t.id for t in best[: full // BLOCK * self.salient]}
         both = [[t for t in tokens[:full] if (t.id in chosen) == own] for own in (True, False)]
         for b in range(full // BLOCK):
@@ -76,6 +78,10 @@ def steps(x: Tensor, bits: int, dim: int) -> Tensor:
     return (x.amax(dim, keepdim=True) - x.amin(dim, keepdim=True)).expand_as(x) / (2**bits - 1)
 
 
+def total_of(recipe: str) -> bool:
+    return recipe == "mikv"
+
+
 def within(got: Tensor, want: Tensor, step: Tensor) -> None:
     assert ((got - want).abs() <= 0.502 * step + 2e-3 * want.abs().max()).all()
 
@@ -90,6 +96,13 @@ def check(head: Head, ids: Tensor, k: Tensor, v: Tensor, bits: tuple[int, int]) 
         for tokens, b in zip(block, bits, strict=True):
             end = at + len(tokens)
             keys, values = (torch.stack([getattr(t, s) for t in tokens]) for s in "kv")
+            if head.total:                     # per token, and exact
+                for got, want in ((k, keys), (v, values)):
+                    step = steps(want, b, 1) if b < 16 else torch.zeros_like(want)
+                    within(got[at:end], want, step)
+                    assert b < 16 or torch.equal(got[at:end], want)
+                at = end
+                continue
             grouped = keys.unflatten(0, (-1, group))
             within(k[at:end], keys, steps(grouped, b, 1).flatten(0, 1))
             within(v[at:end], values, steps(values / c, b, 1) * c)
@@ -102,13 +115,14 @@ def check(head: Head, ids: Tensor, k: Tensor, v: Tensor, bits: tuple[int, int]) 
 
 @pytest.mark.parametrize("recipe, cut, calls", [
     ("zipcache", 64, (360, *[1] * 42)),
-    ("zipcache(bits=8, low=4, salient=0.25)", 32, (100, 60, 300, 1))], ids=["steps", "turns"])
-def test_it_is_zipcache(recipe, cut, calls):
+    ("zipcache(bits=8, low=4, salient=0.25)", 32, (100, 60, 300, 1)),
+    ("mikv", 32, (270, 1, 1, 100, 30))], ids=["steps", "turns", "mikv"])
+def test_it_is_the_method(recipe, cut, calls):
     """A prompt, later turns and steps, rows of unequal length: the same tokens in each tier."""
     program = optimized("llama:2", recipe).kvcompile.program
     bits = (8, 4) if "bits=8" in recipe else (4, 2)
-    run, total = Run(program, compile=False), sum(calls)
-    ids = prompt(total, 2)
+    bits = (16, 2) if total_of(recipe) else bits
+    run, ids = Run(program, compile=False), prompt(sum(calls), 2)
     valid = torch.ones_like(ids, dtype=torch.bool)
     valid[1, :16] = False
     positions = (valid.cumsum(1) - 1).clamp_min(0)
@@ -120,11 +134,11 @@ def test_it_is_zipcache(recipe, cut, calls):
         for (layer, row) in [(i, b) for i in range(len(layers)) for b in range(2)]:
             x = layers[layer].row(row, valid[row, at])
             where = positions[row, at][valid[row, at]].tolist()
-            looking = range(len(where)) if start else named("scorer", "normalized").probes(
-                len(where)).tolist()
+            looking = range(len(where)) if start or total_of(recipe) else named(
+                "scorer", "normalized").probes(len(where)).tolist()
             held = slots(before, layer, row) if start else (None, x.k[:, :0], None)
             for h in range(x.k.shape[0]):
-                head = heads.setdefault((layer, row, h), Head(cut))
+                head = heads.setdefault((layer, row, h), Head(cut, total_of(recipe)))
                 new = [Token(i, x.k[h, n].double(), x.v[h, n].double())
                        for n, i in enumerate(where)]
                 group = x.q.shape[0] // x.k.shape[0]
@@ -208,6 +222,7 @@ def test_layers_without_scores_have_one_precision():
 
 @pytest.mark.parametrize("recipe, what", [
     ("zipcache+kivi", "both set format.k"), ("h2o+zipcache", "both set keep.score"),
+    ("mikv(scorer=snapkv)", "window does not score the tokens that follow"),
     ("zipcache+streamingllm", "both say which tokens stay"),
     ("zipcache(salient=0.3)", "salient must be one of 0.125")])
 def test_what_cannot_be_combined(recipe, what):
