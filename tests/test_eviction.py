@@ -238,7 +238,7 @@ EVICTING = ("h2o(budget=64)", "r-kv(budget=48, every=16)", "h2o(budget=64)+int8"
 def test_memory_is_constant_while_generating(recipe):
     model = kvcompile.optimize(optimized("llama:2"), recipe, compile=False)
     out = greedy(model, prompt(100), 10, return_dict_in_generate=True)
-    cache, before = out.past_key_values, out.past_key_values.nbytes
+    before = out.past_key_values.nbytes
     longer = greedy(model, prompt(100), 150, return_dict_in_generate=True)
     assert longer.past_key_values.nbytes == before
     for layer in range(2):
@@ -247,7 +247,6 @@ def test_memory_is_constant_while_generating(recipe):
         ids = longer.past_key_values.positions(layer)
         assert (ids >= 0).sum(-1).tolist() == stored.tolist()
         assert ids.max() == 248 and (ids.diff() > 0).all()
-    assert cache.stored_tokens(0).shape == (1, 2)
 
 
 @pytest.mark.parametrize("recipe", ["snapkv(budget=40, window=8)", "h2o(budget=64)",

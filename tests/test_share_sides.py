@@ -23,8 +23,9 @@ MAPS = {  # recipe -> the layers whose K, and whose V, each of four attends to
 }
 
 
-def theirs(arch, owners, ids):
-    """Logits of transformers' model whose layer i attends to k of one layer and v of another."""
+def sharing(arch, owners):
+    """transformers' model, for calls without a cache, whose layer i attends to k of one layer and v
+    of another."""
     model, seen = tiny(arch), {}
 
     def attend(module, q, k, v, mask, scaling=None, **_):
@@ -37,6 +38,12 @@ def theirs(arch, owners, ids):
 
     AttentionInterface.register("of_two_owners", attend)
     model.set_attn_implementation("of_two_owners")
+    return model
+
+
+def theirs(arch, owners, ids):
+    """Its logits."""
+    model = sharing(arch, owners)
     with torch.no_grad():
         return model(ids, use_cache=False).logits
 
@@ -132,9 +139,10 @@ def test_padding_turns_crops_copies_and_batches():
     cache.crop(190)
     again = greedy(exact, first.sequences[:, :200], 12, past_key_values=cache)
     assert torch.equal(again, first.sequences)
-    kept = greedy(exact, ids[:1], 12, num_beams=3)
-    assert torch.equal(kept, greedy(optimized("llama", "share(map=[0, 0, 2, 0], side=k)"),
-                                    ids[:1], 12, num_beams=3))
+    alike = sharing("llama", MAPS["share(map=[0, 0, 2, 0], side=k)"])
+    beams, want = (greedy(m, ids[:1], 12, num_beams=3, num_return_sequences=3, use_cache=cached)
+                   for m, cached in ((exact, True), (alike, False)))
+    assert torch.equal(beams, want) and len({str(row) for row in beams.tolist()}) == 3
 
 
 def test_cropping_a_quantized_block_gives_both_layers_the_same_keys():
