@@ -218,8 +218,9 @@ class PerPart(Sized):
     name: ClassVar[str] = "parts"
 
     def _tokens(self, tokens: int) -> int:
-        return sum(max(1, int(min(self.length, tokens - start) * self.ratio))
-                   for start in range(0, tokens, self.length))
+        whole, rest = divmod(tokens, self.length)
+        last = max(1, int(rest * self.ratio)) if rest else 0
+        return whole * max(1, int(self.length * self.ratio)) + last
 
     def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
         return [[max(self._tokens(s.shape[1]), int((row > 0).sum())) for row in s] for s in scores]

@@ -7,6 +7,7 @@ from pytest import mark
 from kvcompile.ir import KEEP, SCORE
 from kvcompile.kernels.select import largest
 from kvcompile.method import methods
+from kvcompile.passes.budgets import PerPart
 from kvcompile.passes.select import rule_of
 from kvcompile.plan import plan
 
@@ -214,3 +215,12 @@ def test_rerotated_keys_lie_side_by_side():
             want = turned(k[0, head, tokens], [s - t for s, t in zip(slots, tokens, strict=True)])
             # fp32 of angles up to TOKENS and of two products
             assert (out[0][i][0, head] - want).abs().max() <= 4 * TOKENS * 2**-23
+
+
+def test_the_share_of_every_part_is_a_closed_form():
+    """It is asked of prompts of 2**30 tokens, too (`Rule.short`)."""
+    for ratio in (0.01, 0.3, 1.0):
+        for tokens in range(1, 40):
+            parts = [min(7, tokens - start) for start in range(0, tokens, 7)]
+            want = sum(max(1, int(n * ratio)) for n in parts)
+            assert PerPart(ratio=ratio, length=7).most(tokens, 2) == (want, 2 * want)
