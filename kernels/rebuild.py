@@ -78,7 +78,9 @@ class Rebuild(NamedTuple):
                              offset=None if self.offset is None else self.offset[own])
 
     def keys(self, x: Tensor) -> Tensor:
-        """x [..., G, N, r], as stored -> K [..., H, N, D]; neighbours share a stored head."""
+        """x [..., G, N, r], as stored -> K [..., H, N, D]; neighbours share a stored head. Angles
+        may be fp32 in a 16-bit model."""
+        dtype = x.dtype
         if self.basis is not None:
             basis = self.basis.unflatten(0, (x.shape[-3], -1)).transpose(-1, -2)
             x = torch.matmul(x.unsqueeze(-3), basis).flatten(-4, -3)
@@ -86,5 +88,5 @@ class Rebuild(NamedTuple):
             x = x + self.offset[:, None]
         if self.cos is None or self.sin is None:
             return x
-        return rope(x, self.cos, self.sin, style=self.style)
+        return rope(x, self.cos, self.sin, style=self.style).to(dtype)
 

@@ -114,3 +114,12 @@ def test_the_kernel_is_the_body(name):
     assert (got.float() - want).abs().max() <= most <= 0.05
     for own in mass:
         assert (own - weights).abs().max() <= 12 * (logit + 2 * max(LENGTHS) * 2.0**-24)
+
+
+def test_the_body_takes_angles_of_another_type():
+    """Found by the laws of kernels at night: a 16-bit model whose cos and sin are fp32."""
+    given, operands, options = made(**CASES["fp16-angles"])
+    wide = [x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+            for x in given]
+    got, want = ATTEND(*given, **options, **operands)[0], ATTEND(*wide, **options, **operands)[0]
+    assert got.dtype == torch.float16 and (got - want).abs().max() <= 0.01 * want.abs().max()
