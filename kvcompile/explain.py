@@ -81,7 +81,7 @@ class Report:
     @property
     def bounded(self) -> bool:
         """Whether `kv_bytes` is an upper bound."""
-        return any(site.rule and not Rule.parse(site.rule).salient for site in self.sites)
+        return any(site.rule and not site.salient for site in self.sites)
 
     def _selected(self, sites: Sequence[Site], tokens: int) -> int:
         """Bytes of a row in a group of layers with rules, at most."""

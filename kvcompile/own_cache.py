@@ -168,10 +168,10 @@ class OwnCache(KVCache):
         keep = tokens_to_remove if tokens_to_remove > 0 else self._columns + tokens_to_remove
         ruled = next((s for s in self._sites if s.rule), None) if self.groups else None
         if ruled and 0 < keep < self._columns and (ruled.store.slots or keep < self._prompt):
-            what = ("put its tokens in another order" if Rule.parse(ruled.rule).salient else
+            what = ("put its tokens in another order" if ruled.salient else
                     "dropped tokens, which cannot come back")
-            raise KVCompileError(f"crop({tokens_to_remove}): layer {ruled.layer} has already "
-                                 f"{what}")
+            raise KVCompileError(
+                f"crop({tokens_to_remove}): layer {ruled.layer} has already {what}")
         super().crop(tokens_to_remove)
 
     def _note(self, valid: Tensor, positions: Tensor) -> None:

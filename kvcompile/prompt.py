@@ -66,29 +66,22 @@ class Prompt:
 
         Each is [H, G, rows, N] in fp32, 0 where a token is not seen. No N x N matrix is formed.
         """
-        n, keys = self.k.shape[1], self.k.float()
-        stop = n if stop is None else stop
-        for first in range(start, stop, CHUNK):
-            last = min(first + CHUNK, stop)
-            rows = self.q[:, first:last].float() * self.scale
-            logits = rows.reshape(self.heads, -1, rows.shape[-1]) @ keys[:, :last].transpose(1, 2)
-            logits = logits.unflatten(1, (-1, last - first))
-            if self.softcap:
-                logits = self.softcap * torch.tanh(logits / self.softcap)
-            later = torch.ones(last - first, last - first, dtype=torch.bool, device=keys.device)
-            logits[..., first:].masked_fill_(later.triu(1), -torch.inf)
-            weights = logits.softmax(-1)
-            yield pad(weights, (0, n - last)) if last < n else weights
+        return self.of(torch.arange(start, self.k.shape[1] if stop is None else stop))
 
     def of(self, queries: Tensor) -> Iterator[Tensor]:
-        """As `weights`, of queries with these numbers, ascending."""
+        """As `weights`, of queries with these numbers, ascending (on the CPU)."""
         n, keys = self.k.shape[1], self.k.float()
-        for at in queries.split(CHUNK):
-            logits = self.queries[:, :, at] * self.scale @ keys.transpose(1, 2)[:, None]
+        for some in queries.split(CHUNK):
+            first, last, at = int(some[0]), int(some[-1]) + 1, some.to(keys.device)
+            rows = self.q[:, at].float() * self.scale
+            logits = rows.reshape(self.heads, -1, rows.shape[-1]) @ keys[:, :last].transpose(1, 2)
+            logits = logits.unflatten(1, (-1, len(some)))
             if self.softcap:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
-            later = torch.arange(n, device=at.device) > at[:, None]
-            yield logits.masked_fill(later, -torch.inf).softmax(-1)
+            later = torch.arange(first, last, device=at.device) > at[:, None]
+            logits[..., first:].masked_fill_(later, -torch.inf)
+            weights = logits.softmax(-1)
+            yield pad(weights, (0, n - last)) if last < n else weights
 
     def looked(self, window: int) -> Tensor:
         """[H, G, window, T - window] in fp32: weights that the last queries give what is before."""

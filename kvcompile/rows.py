@@ -13,7 +13,6 @@ from kvcompile.program import Program
 from kvcompile.recipe import Recipe
 from kvcompile.registry import module
 from kvcompile.rewrite import Outcome, Pass, Refused, Rewritten, copy_graph, passes, run_passes
-from kvcompile.rule import Rule
 from kvcompile.site import Site
 from kvcompile.store import Store
 
@@ -67,7 +66,7 @@ def fused(site: Site) -> dict[str, str]:
                          site.window)
     found = {"attend": attend.unsupported(site.layout, shape),
              "append": append.unsupported(site.layout, site.dims, site.dtype)}
-    if site.rule and Rule.parse(site.rule).salient:
+    if site.salient:
         found["rank"] = f"it notes scores, and orders {PAGE} tokens at a time"
     elif site.rule and site.store.slots:
         found["evict"] = evict.unsupported(site.layout, [site.rule])

@@ -8,6 +8,7 @@ from torch.fx import Graph, Node
 
 from kvcompile.ir import argument, attention_nodes
 from kvcompile.kernels.rebuild import Made, made
+from kvcompile.rule import Rule
 from kvcompile.store import SIDES, Store
 
 
@@ -60,6 +61,11 @@ class Site:
     def rotated(self) -> bool:
         """Whether they are rotated then."""
         return self.made is not None and self.made.rotary > 0
+
+    @property
+    def salient(self) -> int:
+        """Of every 128 tokens, how many by score are stored better than the others (`Rule`)."""
+        return Rule.parse(self.rule).salient if self.rule else 0
 
     @property
     def leads(self) -> bool:

@@ -124,7 +124,7 @@ def _extend(graph: Graph, nodes: list[Node], sites: Sequence[Site], shared: list
         for own in shared:
             every = [i for layer in own.layers for i in sites[layer].members or (layer,)]
             layers, layout = [nodes[i] for i in every], sites[own.layers[0]].layout
-            if any(Rule.parse(argument(n, "rule")).salient for n in layers if argument(n, "rule")):
+            if any(sites[i].salient for i in own.layers):
                 both = _rank(graph, own.planes, layers, [m for i in own.layers if (m := mass[i])],
                              allowed, layout)
                 _append(graph, own.planes, layers, [*range(len(layers))], allowed, layout, both)

@@ -210,11 +210,11 @@ class Normalized:
         return torch.cat([drawn[:some].sort().values, torch.arange(tokens - newest, tokens)])
 
     def prompt(self, x: Prompt) -> Tensor:
-        at = self.probes(x.tokens).to(x.k.device)
+        at = self.probes(x.tokens)
         total = torch.zeros(x.heads, x.tokens, device=x.k.device)
         for w in x.of(at):
             total += w[..., : x.tokens].mean(1).sum(1)
-        return total / (at[:, None] >= torch.arange(x.tokens, device=at.device)).sum(0)
+        return total / (at[:, None] >= torch.arange(x.tokens)).sum(0).to(total.device)
 
     def averaged(self, score: Tensor, mass: Tensor, seen: Tensor, queries: Tensor) -> Tensor:
         """The means [.., T] after a call that gave `mass`: `seen` [T] queries saw a token by now,

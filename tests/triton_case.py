@@ -144,6 +144,7 @@ class Case:
 def stored_alike(store, steps=(171, 1, 7), dims=(32, 32), dtype=torch.float32, heads=1, rows=1,
                  slots=(0,), device="cpu", own=False):
     """Append random tokens, some of them padding, by the body and by the kernel; compare bits.
+    Returns how many bytes were compared.
 
     `own`: each head stores tokens of its own. The factors of a low-rank correction are compared by
     their product: signs are free, and each number of both is rounded to fp16.
@@ -154,7 +155,7 @@ def stored_alike(store, steps=(171, 1, 7), dims=(32, 32), dtype=torch.float32, h
     body, kernel = (Group([site, site], rows, torch.device("cpu")) for _ in range(2))
     for group in (body, kernel):
         group.reserve([sum(steps)] * rows)
-    ours = _to(kernel.planes, device)
+    ours, compared = _to(kernel.planes, device), 0
     for tokens in steps:
         k, v = ([torch.randn(rows, heads, tokens, d, generator=g).to(dtype)
                  for _ in range(len(slots) * parsed.members)] for d in dims)
@@ -170,15 +171,18 @@ def stored_alike(store, steps=(171, 1, 7), dims=(32, 32), dtype=torch.float32, h
                 continue
             same = want.contiguous().view(torch.uint8) == got.cpu().contiguous().view(torch.uint8)
             assert same.all(), f"{spec.name}: {int((~same).sum())} bytes of {same.numel()} differ"
+            compared += same.numel()
     for i in (i for i, spec in enumerate(body.specs) if spec.name.endswith("body.a")):
         want, got = (x[i].float().mT @ x[i + 1].float()
                      for x in (body.planes, [p.cpu() for p in ours]))
         each = body.planes[i].float().abs().mT @ body.planes[i + 1].float().abs()
         assert (want - got).abs().max() <= 2.0**-9 * each.max() and want.any()
+    return compared
 
 
 def moved_alike(store, dims=(32, 32), dtype=torch.bfloat16, device="cpu"):
-    """Tokens of some heads move to places of others, by the body and by the kernel; bits."""
+    """Tokens of some heads move to places of others, by the body and by the kernel; bits. Returns
+    how many planes changed, all that hold tokens."""
     parsed, slots = Store.parse(store), 256
     g = torch.Generator().manual_seed(2)
     group = Group([Site(0, 4, 2, dims, dtype, 0, parsed)] * 2, 2, torch.device("cpu"))
@@ -202,6 +206,7 @@ def moved_alike(store, dims=(32, 32), dtype=torch.bfloat16, device="cpu"):
         assert torch.equal(want.view(torch.uint8), got.cpu().view(torch.uint8)), spec.name
         changed += not torch.equal(want.view(torch.uint8), old.view(torch.uint8))
     assert changed == sum(bool(spec.shape) for spec in group.specs)
+    return changed
 
 
 def _to(x, device):

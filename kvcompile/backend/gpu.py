@@ -6,6 +6,7 @@ What Triton has no kernel for runs its plain body.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,10 +48,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, planes: Sequence[Tensor], positions
     basis, offset, cos = (options.get(name) for name in ("basis", "offset", "cos"))
     how = made(q.shape[3], k.shape[1], basis, offset, cos, options.get("style", ""))
     why = unsupported(ATTEND, Store.parse(store), k.shape[1], q.shape[1], dims, q.dtype, how)
-    if why or options.get("low") and valid.shape[1] > 1:
-        return eager.attend(q, k, v, list(planes), positions, valid, sinks, store=store, **options)
-    options.pop("low", None)  # of one query the same
-    run = triton_launch.attend
+    low = options.pop("low", False) and valid.shape[1] > 1  # else what one query gives
+    run = partial(eager.attend, low=low) if why or low else triton_launch.attend
     return run(q, k, v, list(planes), positions, valid, sinks, store=store, **options)
 
 

@@ -17,7 +17,6 @@ from kvcompile.method import methods
 from kvcompile.plan import runs
 from kvcompile.program import Program
 from kvcompile.registry import module
-from kvcompile.rule import Rule
 from kvcompile.show import as_text
 from kvcompile.site import Site
 
@@ -77,7 +76,7 @@ def fallbacks(program: Program) -> list[str]:
             if why and (op is ATTEND or site.owner is None):
                 name = op._schema.name.replace("::", ".")
                 found.setdefault(f"{name} runs its plain body: {why}", []).append(site.layer)
-        if site.rule and Rule.parse(site.rule).salient:
+        if site.salient:
             if site.leads:
                 found.setdefault(RANKS, []).append(site.layer)
         elif site.rule and site.store.slots and site.leads and (

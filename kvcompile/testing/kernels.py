@@ -24,7 +24,7 @@ from kvcompile.planes import Group
 from kvcompile.registry import module
 from kvcompile.rows import fused
 from kvcompile.testing.law import law
-from kvcompile.testing.step import LENGTHS, STEPS, Step, drawn_step, walk
+from kvcompile.testing.step import LENGTHS, STEPS, Step, drawn_step, operands, walk
 
 COST = 20
 
@@ -81,24 +81,24 @@ def compiled(step: Step) -> Walked:
     want, got, ran = step.group(), step.group(), Ran()
     q, k, v = step.tokens(1, 2)
     valid = torch.ones(len(LENGTHS), 1, dtype=torch.bool)
-    operands = step.operands()
+    made = operands(step)
     flat, members, graph = [q, *k, *v, *got.planes, valid.long(), valid], len(k), Graph()
     x = [graph.placeholder(f"x{i}") for i in range(len(flat))]
     keys, values, planes = x[1 : 1 + members], x[1 + members : 1 + 2 * members], x[1 + 2 * members:]
     at, ok, (_, options) = planes.pop(-2), planes.pop(), step.attend(q, k, v, [], valid)
-    more = {name: graph.placeholder(name) for name in operands}
+    more = {name: graph.placeholder(name) for name in made}
     both = graph.call_function(
         ATTEND, (x[0], keys[-1], values[-1], planes, at, ok, None), options | more)
     o = graph.call_function(getitem, (both, 0))
     graph.call_function(APPEND, (planes, keys, values, at, ok),
                         dict(store=str(step.store), slots=[1]))
     graph.output((o,))
-    flat += operands.values()
+    flat += made.values()
     run = compile_graph(GraphModule({}, graph), flat, [[]] * len(flat))
 
     def one(q: Tensor, k: list[Tensor], v: list[Tensor], valid: Tensor) -> Tensor:
         with torch.no_grad(), ran:
-            o: Tensor = run(q, *k, *v, *got.planes, valid.long(), valid, *operands.values())[0]
+            o: Tensor = run(q, *k, *v, *got.planes, valid.long(), valid, *made.values())[0]
         return o
 
     name = "eager" if "attend" in fused(step.site) else "cpp_attend"
@@ -113,14 +113,14 @@ def launched(step: Step) -> Walked:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     want, got = step.group(), step.group()
     planes = [p.to(device) for p in got.planes]
-    operands = {name: x.to(device) for name, x in step.operands().items()}
+    made = {name: x.to(device) for name, x in operands(step).items()}
 
     def one(q: Tensor, k: list[Tensor], v: list[Tensor], valid: Tensor) -> Tensor:
         q, valid, *both = (x.to(device) for x in (q, valid, *k, *v))
         k, v = both[: len(k)], both[len(k):]
         given, options = step.attend(q, k, v, planes, valid)
         run = ATTEND if "attend" in lacks else launch.attend
-        o: Tensor = run(*given, **options, **operands)[0]
+        o: Tensor = run(*given, **options, **made)[0]
         (APPEND if "append" in lacks else launch.append)(
             planes, k, v, valid.long(), valid, store=str(step.store), slots=[1])
         return o.cpu()

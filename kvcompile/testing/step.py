@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -46,25 +47,9 @@ class Step(NamedTuple):
         """Channels of a query."""
         return self.made.dim if self.made else self.shape.dim
 
-    def operands(self) -> dict[str, Tensor]:
-        """What keys are made with, by the names of kvc.attend's arguments."""
-        found, g, made = dict[str, Tensor](), torch.Generator().manual_seed(0), self.made
-        if made and made.basis:
-            size = self.shape.heads * made.keys, made.dim, self.shape.dim
-            found["basis"] = (torch.randn(size, generator=g) / size[2]**0.5).to(made.parts)
-        if made and made.offset:
-            found["offset"] = torch.randn(found["basis"].shape[:2], generator=g).to(made.parts)
-        if made and made.rotary:
-            tokens = max(LENGTHS) + SPARE + max(STEPS.values())
-            angle = 6 * torch.rand(len(LENGTHS), 1, tokens, made.rotary // 2, generator=g)
-            angle = (torch.cat([angle, angle], -1) if made.style == "half"
-                     else angle.repeat_interleave(2, -1))
-            found |= {"cos": angle.cos().to(made.angles), "sin": angle.sin().to(made.angles)}
-        return found
-
     def rebuilt(self, row: int) -> Rebuilt:
-        """The same as the oracle takes it."""
-        basis, offset, cos, sin = map(self.operands().get, ("basis", "offset", "cos", "sin"))
+        """How an oracle makes keys."""
+        basis, offset, cos, sin = map(operands(self).get, ("basis", "offset", "cos", "sin"))
         style = self.made.style if self.made else ""
         return Rebuilt(basis, offset, cos, sin, style).row(row)
 
@@ -112,6 +97,24 @@ class Step(NamedTuple):
         return found[0], found[-1]
 
 
+@cache
+def operands(step: Step) -> dict[str, Tensor]:
+    """What keys are made with, by the names of kvc.attend's arguments."""
+    found, g, made = dict[str, Tensor](), torch.Generator().manual_seed(0), step.made
+    if made and made.basis:
+        size = step.shape.heads * made.keys, made.dim, step.shape.dim
+        found["basis"] = (torch.randn(size, generator=g) / size[2]**0.5).to(made.parts)
+    if made and made.offset:
+        found["offset"] = torch.randn(found["basis"].shape[:2], generator=g).to(made.parts)
+    if made and made.rotary:
+        tokens = max(LENGTHS) + SPARE + max(STEPS.values())
+        angle = 6 * torch.rand(len(LENGTHS), 1, tokens, made.rotary // 2, generator=g)
+        angle = (torch.cat([angle, angle], -1) if made.style == "half"
+                 else angle.repeat_interleave(2, -1))
+        found |= {"cos": angle.cos().to(made.angles), "sin": angle.sin().to(made.angles)}
+    return found
+
+
 def _numbers(valid: Tensor) -> Tensor:
     return (valid.long().cumsum(1) - 1).clamp_min(0)
 
@@ -135,7 +138,7 @@ def walk(step: Step, run: Callable[..., Tensor], group: Group, arithmetic: Arith
          steps: int) -> None:
     """Some steps by the plain bodies on `group` and by `run(q, k, v, valid)`, which stores and
     returns o: it is within the rounding of a kernel of such `arithmetic`."""
-    exact, operands = Arithmetic(), {name: x.float() for name, x in step.operands().items()}
+    exact, wide = Arithmetic(), {name: x.float() for name, x in operands(step).items()}
     for at in range(steps):
         q, k, v = step.tokens(1, 2 + at)
         if at % 3:
@@ -144,7 +147,7 @@ def walk(step: Step, run: Callable[..., Tensor], group: Group, arithmetic: Arith
         valid[at % len(LENGTHS)] = at % 2 == 0                     # a row of padding
         given, options = step.attend(q.float(), [x.float() for x in k], [x.float() for x in v],
                                      group.planes, valid)
-        want = ATTEND(*given, **options, **operands)[0][:, :, 0]
+        want = ATTEND(*given, **options, **wide)[0][:, :, 0]
         got = run(q, k, v, valid).float()[:, :, 0]
         assert got.shape == want.shape and not got[~valid[:, 0]].any(), "padding is not 0"
         for row in valid[:, 0].nonzero()[:, 0].tolist():

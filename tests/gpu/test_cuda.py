@@ -44,12 +44,12 @@ def test_attend_with_options(options):
 
 @pytest.mark.parametrize("name", sorted(STORES.keys() - ROUNDED))
 def test_append_is_the_body(name):
-    stored_alike(STORES[name], (150, 1, 60), rows=2, slots=(0, 1), device=CUDA)
+    assert stored_alike(STORES[name], (150, 1, 60), rows=2, slots=(0, 1), device=CUDA)
 
 
 @pytest.mark.parametrize("store", MOVED)
 def test_compaction_is_the_body(store):
-    moved_alike(store, device=CUDA)
+    assert moved_alike(store, device=CUDA)
 
 
 def filled(tokens, rows, heads=8, dim=128, layers=1):

@@ -72,31 +72,31 @@ def test_attend_with_options(name):
 
 @pytest.mark.parametrize("name", slow(LAWS | TWICE, APPENDED))
 def test_append_is_the_body_bit_for_bit(name):
-    stored_alike(STORES[name])
+    assert stored_alike(STORES[name])
 
 
 @pytest.mark.parametrize("dims, dtype", [((80, 48), torch.float32), ((16, 64), torch.bfloat16)],
                          ids=str)
 def test_append_other_heads(dims, dtype):
-    stored_alike(NARROW, (40, 1), dims, dtype, rows=2)
+    assert stored_alike(NARROW, (40, 1), dims, dtype, rows=2)
 
 
 @pytest.mark.parametrize("name", ["kivi8", "minicache+kivi"])
 def test_append_to_rows_of_two_layers(name):
-    stored_alike(STORES[name], (171, 1, 60), rows=2, slots=(0, 1))
+    assert stored_alike(STORES[name], (171, 1, 60), rows=2, slots=(0, 1))
 
 
 def test_append_of_a_block_in_pieces():
-    stored_alike(STORES["outliers"], (90, 1), dims=(128, 96))
+    assert stored_alike(STORES["outliers"], (90, 1), dims=(128, 96))
 
 
 def test_append_where_each_head_keeps_tokens_of_its_own():
-    stored_alike(STORES["slots"], heads=2, rows=2, own=True)
+    assert stored_alike(STORES["slots"], heads=2, rows=2, own=True)
 
 
 @pytest.mark.parametrize("store", MOVED)
 def test_compaction_is_the_body_bit_for_bit(store):
-    moved_alike(store)
+    assert moved_alike(store)
 
 
 @pytest.mark.slow
