@@ -37,7 +37,7 @@ class Engine:
         self._decode: dict[bool, Callable] = {}
         self._graphs: dict[str, GraphModule] = {}
         self.alone = Alone(compile)
-        self.warned = False
+        self._said: set[str] = set()
         self.taps: list[Tensor] = []  # what a graph gives beside logits and ok (checks/audit.py)
 
     def run(self, cache: OwnCache, ids: Tensor, positions: Tensor, valid: Tensor,
@@ -79,15 +79,42 @@ class Engine:
         cache.commit(tokens)
         return logits
 
+    def asked(self, length: int, valid: Tensor) -> int:
+        """How many tokens at the end of prompts are their question, if that is legal: shorter than
+        every prompt, and within budgets in tokens. It stays whole: where it exceeds a budget that
+        is a share of the prompt, or where no scores look from it, that is said once."""
+        shortest = int(valid.sum(1).min()) if length else valid.shape[1]
+        if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length < shortest:
+            which = "prompt's" if len(valid) == 1 else "shortest prompt's"
+            raise KVCompileError(f"question_length={length!r}: must be a number of tokens, from 0 "
+                                 f"to {max(0, shortest - 1)}, one less than the {which}")
+        asking = [s for s in self.sites if length and s.rule and Rule.parse(s.rule).asks]
+        for site in asking:
+            rule = Rule.parse(site.rule)
+            if why := rule.short(site.heads, question=length):
+                raise KVCompileError(f"question_length={length}: {self.program.recipe}: layer "
+                                     f"{site.layer}: {why}")
+            if why := rule.short(site.heads, shortest, length):
+                self._say(f"layer {site.layer}: a question of {length} tokens stays whole, of a "
+                          f"prompt of {shortest}: {why}", "question")
+        if length and self.rules and not asking:
+            self._say(f"question_length={length} changes nothing: no scores look from a window of "
+                      "the newest tokens", "question")
+        return length
+
+    def _say(self, text: str, about: str) -> None:
+        """Warn once of something."""
+        if about not in self._said:
+            self._said.add(about)
+            log.warning("%s: %s", self.program.recipe, text)
+
     def _say_if_all(self, cache: OwnCache, kept: Sequence[Sequence[Tensor]]) -> None:
         """Say once that a budget was larger than a prompt."""
         every = int(sum((at >= 0).sum() for _, _, at, *_ in kept))
         given = sum(s.heads for s in self.sites if s.rule) * sum(cache.new)
-        if every == given and not self.warned and not all(
-                r.every or r.channels for r in self.rules):
-            self.warned = True
-            log.warning("%s: the prompt (%d tokens) is within the budget, and all of it is kept",
-                        cache.recipe, max(cache.new))
+        if every == given and not all(r.every or r.channels for r in self.rules):
+            self._say(f"the prompt ({max(cache.new)} tokens) is within the budget, and all of it "
+                      "is kept", "all")
 
     def _probed(self, ids: Tensor, positions: Tensor, valid: Tensor
                 ) -> tuple[Tensor, Tensor, Tensor, int]:

@@ -161,7 +161,8 @@ class Optimized(PreTrainedModel):
         """As the base model's forward; the cache in and out is a `kvcompile.KVCache`.
 
         `question_length`: tokens at the end of a prompt that are its question, which methods that
-        choose tokens by the last queries then take for these.
+        choose tokens by the last queries then take for these (`Engine.asked`). It is of the call
+        that fills an empty cache, and says nothing to later ones.
         """
         _refuse(self, output_attentions=output_attentions,
                 output_hidden_states=output_hidden_states, **rest)
@@ -193,7 +194,7 @@ class Optimized(PreTrainedModel):
                 logits = self._stateless(ids, position_ids, valid, keep, inputs_embeds)
             else:
                 cache = cache if cache is not None else self.kvcompile.new_cache()
-                question = _question(question_length, tokens) if past == 0 else 0
+                question = self.kvcompile.engine.asked(question_length, valid) if past == 0 else 0
                 logits = self._chunks(cache, ids, position_ids, valid, keep, inputs_embeds,
                                       question)
         loss = None
@@ -253,13 +254,6 @@ class Optimized(PreTrainedModel):
     def __deepcopy__(self, memo: dict) -> Any:
         raise KVCompileError("an optimized model shares its weights and cannot be deep-copied; "
                              "copy the original and optimize that")
-
-
-def _question(length: int, tokens: int) -> int:
-    if not isinstance(length, int) or not 0 <= length < tokens:
-        raise KVCompileError(f"question_length={length!r}: must be a number of tokens, from 0 to "
-                             f"{tokens - 1}, one less than the prompt's")
-    return length
 
 
 def _refuse(model: PreTrainedModel, **options: Any) -> None:

@@ -30,8 +30,8 @@ class Scorer(Protocol):
     """How much a token matters. `needs` names what it reads beside q, K and V: "weight" (of the
     linear after attention), "angles" (rotary), "ids" (of tokens) or "probe" (the prompt a second
     time). Attributes that it may have: `sinks` first and `window` newest tokens of a prompt it
-    always scores as infinite, and at most `rest` more of the newest; `waits`, why it must see a
-    prompt at once.
+    always scores as infinite, and at most `rest` more of the newest; a true `asks`, if the window
+    is a prompt's question where its length is known; `waits`, why it must see a prompt at once.
 
     One that scores the tokens that follow a prompt has `arrive(keys, positions, ids)`, or
     `observe` where scores change with what each step attends to; an attribute `looks` says of how
@@ -121,6 +121,10 @@ class Around:
     @property
     def window(self) -> int:
         return getattr(self.base, "window", 0)
+
+    @property
+    def asks(self) -> bool:
+        return getattr(self.base, "asks", False)
 
 
 @dataclass(frozen=True)
@@ -217,19 +221,28 @@ class Rule:
         """Newest tokens that stay where a head keeps `budget`."""
         return int(self.recent * budget) if isinstance(self.recent, float) else self.recent
 
-    def stays(self, budget: int) -> tuple[int, int]:
-        """First and newest tokens of a prompt that always stay where a head keeps `budget`."""
+    @property
+    def asks(self) -> bool:
+        """Whether scores look from a prompt's question, where its length is known."""
+        return bool(getattr(self.scorer, "asks", False))
+
+    def stays(self, budget: int, question: int = 0) -> tuple[int, int]:
+        """First and newest tokens of a prompt that always stay where a head keeps `budget`; of
+        the prompt the last `question` tokens are its question, if that is not 0."""
         first, newest = (getattr(self.scorer, name, 0) for name in ("sinks", "window"))
+        newest = question if question and self.asks else newest
         return max(self.sinks, first), max(self.protected(budget), newest)
 
-    def short(self, heads: int) -> str:
-        """Why a budget in tokens cannot be kept; ``""`` if it can be, or is a share of the prompt,
-        of which what always stays is the floor."""
-        budget = self.budgeter.most(FAR, heads)[1] // heads
-        first, newest = self.stays(budget)
-        if budget >= first + newest:
+    def short(self, heads: int, tokens: int = FAR, question: int = 0) -> str:
+        """Why the budget of a prompt of so many tokens cannot be kept; ``""`` if it can be. Of any
+        prompt (the default) one in tokens may be short and a share of it, of which what always
+        stays is the floor, is not. `question` as of `stays`."""
+        budget = self.budgeter.most(tokens, heads)[1] // heads
+        first, newest = self.stays(budget, question)
+        if budget >= min(tokens, first + newest):
             return ""
-        or_ = " and ".join(["fewer sinks"] * (first > 0) + ["a smaller window"] * (newest > 0))
+        less = "a shorter question" if question and self.asks else "a smaller window"
+        or_ = " and ".join(["fewer sinks"] * (first > 0) + [less] * (newest > 0))
         return (f"a budget of {budget} tokens a head, but {words(first, newest)} always stay: give "
                 f"at least {first + newest}, or {or_}")
 

@@ -49,6 +49,7 @@ class Window:
     gamma: float = 0.0
     visible: bool = False
     name: ClassVar[str] = "window"
+    asks: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ()
 
     def prompt(self, x: Prompt) -> Tensor:

@@ -314,9 +314,59 @@ def test_the_question_is_said_to_generate():
     want = cache.positions(0)[..., :30]
     assert torch.equal(out.past_key_values.positions(0)[..., :30], want)
     assert (want[..., -9:] == torch.arange(91, 100)).all()
-    for wrong in (-1, 100):
-        with pytest.raises(KVCompileError, match="question_length=.* from 0 to 99"):
+    for wrong in (-1, 100, True, 9.0):
+        with pytest.raises(KVCompileError, match="question_length=.* from 0 to 99, one less than "
+                                                 "the prompt's"):
             kvcompile.prefill(model, prompt(100), question_length=wrong)
+
+
+@pytest.mark.parametrize(("recipe", "question", "text"), [
+    ("snapkv(budget=40, window=8)", 41, "layer 0: a budget of 40 tokens a head, but 41 newest "
+     "tokens always stay: give at least 41, or a shorter question"),
+    ("adakv(scorer=snapkv, budget=40)", 41, "layer 0: a budget of 40 tokens a head, but 41 newest"),
+    ("pyramidkv(budget=40, window=8, beta=4)", 40, "layer 1: a budget of 16 tokens")])
+def test_a_question_that_exceeds_a_budget_in_tokens_is_refused(recipe, question, text):
+    model = kvcompile.optimize(optimized("llama:2"), recipe, compile=False)
+    with pytest.raises(KVCompileError) as info:
+        kvcompile.prefill(model, prompt(100), question_length=question)
+    assert f"question_length={question}: {recipe}: {text}" in str(info.value)
+    assert "\n" not in str(info.value)
+
+
+def test_a_question_that_exceeds_a_share_is_kept_and_said(caplog):
+    model = kvcompile.optimize(optimized("llama:2"), "snapkv(ratio=0.25, window=8)", compile=False)
+    assert kvcompile.prefill(model, prompt(100), question_length=25).stored_tokens(0).max() == 25
+    assert not caplog.records
+    for _ in range(2):
+        cache = kvcompile.prefill(model, prompt(100), question_length=26)
+        assert cache.positions(0)[0].tolist() == [[*range(74, 100)]] * 2
+    assert [r.getMessage() for r in caplog.records] == [
+        "snapkv(ratio=0.25, window=8): layer 0: a question of 26 tokens stays whole, of a prompt "
+        "of 100: a budget of 25 tokens a head, but 26 newest tokens always stay: give at least 26, or "
+        "a shorter question"]
+
+
+def test_a_question_says_nothing_to_scores_that_do_not_look_from_one(caplog):
+    model = kvcompile.optimize(optimized("llama:2"), "knorm(budget=20)", compile=False)
+    a, b = (kvcompile.prefill(model, prompt(50), question_length=n) for n in (0, 30))
+    assert torch.equal(a.positions(1), b.positions(1))
+    assert [r.getMessage() for r in caplog.records] == [
+        "knorm(budget=20): question_length=30 changes nothing: no scores look from a window of the "
+        "newest tokens"]
+
+
+def test_a_question_is_shorter_than_every_row_of_a_batch():
+    model = kvcompile.optimize(optimized("llama:2"), "snapkv(budget=12, window=8)", compile=False)
+    ids, mask = prompt(40, batch=2), torch.ones(2, 40, dtype=torch.long)
+    mask[1, :30] = 0
+    with pytest.raises(KVCompileError, match="from 0 to 9, one less than the shortest prompt's"):
+        kvcompile.prefill(model, ids, attention_mask=mask, question_length=10)
+    both = kvcompile.prefill(model, ids, attention_mask=mask, question_length=9)
+    for row, start in ((0, 0), (1, 30)):
+        alone = kvcompile.prefill(model, ids[row : row + 1, start:], question_length=9)
+        assert torch.equal(both.stored_tokens(0)[row], alone.stored_tokens(0)[0])
+        assert torch.equal(both.positions(0)[row, :, : alone.positions(0).shape[2]],
+                           alone.positions(0)[0])
 
 
 def test_crop_reorder_and_beams():
