@@ -342,8 +342,8 @@ def test_a_question_that_exceeds_a_share_is_kept_and_said(caplog):
         assert cache.positions(0)[0].tolist() == [[*range(74, 100)]] * 2
     assert [r.getMessage() for r in caplog.records] == [
         "snapkv(ratio=0.25, window=8): layer 0: a question of 26 tokens stays whole, of a prompt "
-        "of 100: a budget of 25 tokens a head, but 26 newest tokens always stay: give at least 26, or "
-        "a shorter question"]
+        "of 100: a budget of 25 tokens a head, but 26 newest tokens always stay: give at least 26, "
+        "or a shorter question"]
 
 
 def test_a_question_says_nothing_to_scores_that_do_not_look_from_one(caplog):
