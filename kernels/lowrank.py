@@ -31,6 +31,7 @@ class Lowrank(Wrapper):
     block: int = 128
     name: ClassVar[str] = "lowrank"
     triton_free: ClassVar[tuple[str, ...]] = ("a", "b")  # the signs of directions are free
+    triton_alone: ClassVar[bool] = True
     examples: ClassVar[tuple[str, ...]] = ("lowrank(of=int(bits=2, axis=channel))",
         "lowrank(of=int(bits=2), rank=2, block=32)",
         "lowrank(of=outliers(of=int(bits=2), fraction=0.02))")
@@ -94,6 +95,9 @@ class Lowrank(Wrapper):
         if self.step * dim > MOST:
             raise RecipeError(f"the Triton writer holds {MOST} numbers of a block, not "
                               f"{self.step} x {dim}; use block={MOST // dim}")
+        if self.triton_span < self.step:
+            raise RecipeError(f"the Triton writer reads {self.step} tokens at once, not "
+                              f"{self.triton_span}")
         inside = self.inner_triton(dim, dtype, side, planes[:-2])
         return ["whole_x = x", *self.inner_triton_writer(dim, dtype, side, planes[:-2]),
                 "tl.debug_barrier()",

@@ -1,8 +1,9 @@
 """mixed: of every 128 tokens the first ones in one format, the others in another."""
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
+from math import gcd, lcm, prod
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE, Format, Planes, Side, format_of, term_of
+from kvcompile.kernels.triton_source import of
+from kvcompile.kernels.wrapper import check_steps
 from kvcompile.recipe import Term, parse_term
 
 PARTS = ("high", "low")
@@ -98,12 +101,9 @@ class Mixed:
             if getattr(fmt, "turned", False):
                 raise RecipeError(f"mixed has no C++ reader around {fmt.name}")
             types.append(_named(fmt, "cpp", "reader")(dim, dtype, side))
-            for spec in fmt.planes(dim, dtype, side).values():
-                if spec.lanes > tokens // fmt.step and prod(spec.shape[: spec.at]) > 1:
-                    raise RecipeError(f"{term_of(fmt)}: more than one group of a token is no "
-                                      "beginning of a page")
-                full = prod(spec.page(fmt.step)) * spec.dtype.itemsize
-                apart.append(full - full * tokens // PAGE)
+            sizes = [spec.dtype.itemsize for spec in fmt.planes(dim, dtype, side).values()]
+            apart += [size * gap for size, gap in
+                      zip(sizes, _apart(fmt, tokens, dim, dtype, side), strict=True)]
         if len(apart) > PLANES:
             raise RecipeError(f"{len(apart)} planes are more than {PLANES}")
         return f"Mixed<{', '.join(types)}, {dim}, {self.salient}, {', '.join(map(str, apart))}>"
@@ -113,6 +113,60 @@ class Mixed:
         types = [_named(fmt, "cpp_writer", "writer")(dim, dtype, side) for fmt, _ in self.parts]
         return (f"MixedWriter<{', '.join(types)}, {self.cpp(dim, dtype, side)}, {dim}, "
                 f"{self.salient}>")
+
+    @property
+    def triton_span(self) -> int:
+        """Tokens of a page that lie in one part, in tiles of a power of two."""
+        return gcd(self.salient, PAGE)
+
+    def triton(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]) -> str:
+        """The tile of decoded numbers (`kernels/triton_source.py`), all of which are of one part.
+        """
+        high, low = (f"({of(fmt, 'triton', 'reader')(dim, dtype, side, own)}).to(tl.float32)"
+                     for fmt, own in self._pointers(dim, dtype, side, planes))
+        low = re.sub(r"\bat\b", f"(at - {self.salient})", low)
+        return f"({high} if at < {self.salient} else {low})"
+
+    def triton_writer(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]
+                      ) -> list[str]:
+        """Statements that store the tile `x`, a page: by both writers, each what is its part's."""
+        stored = []
+        for fmt, own in self._pointers(dim, dtype, side, planes):
+            check_steps(fmt)
+            stored.append(of(fmt, "triton_writer", "writer")(dim, dtype, side, own))
+        return [f"both_x, both, front = x, keep, at + tl.arange(0, N) < {self.salient}",
+                "keep = both & front", *stored[0],
+                f"x, keep, at = both_x, both & (front == 0), at - {self.salient}", *stored[1],
+                f"keep, at = both, at + {self.salient}"]
+
+    def triton_pieces(self, dim: int, side: Side) -> tuple[int, list[int]]:
+        """Channels that can be written by themselves, and how much of each plane is theirs."""
+        both = [of(fmt, "triton_pieces", "writer of some channels")(dim, side)
+                for fmt, _ in self.parts]
+        many = lcm(*(each for each, _ in both))
+        return many, [size * many // each for each, sizes in both for size in sizes]
+
+    def _pointers(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]
+                  ) -> list[tuple[Format, list[str]]]:
+        """Each format and the pointers that it is to believe in, of those to all planes."""
+        found, names = [], iter(planes)
+        for fmt, tokens in self.parts:
+            found.append((fmt, [f"({next(names)} - page * {gap})"
+                                for gap in _apart(fmt, tokens, dim, dtype, side)]))
+        return found
+
+
+def _apart(fmt: Format, tokens: int, dim: int, dtype: torch.dtype, side: Side) -> list[int]:
+    """How many numbers fewer than its reader believes a page of so many tokens has in each plane.
+    """
+    found = []
+    for spec in fmt.planes(dim, dtype, side).values():
+        if spec.lanes > tokens // fmt.step and prod(spec.shape[: spec.at]) > 1:
+            raise RecipeError(f"{term_of(fmt)}: more than one group of a token is no beginning of "
+                              "a page")
+        full = prod(spec.page(fmt.step))
+        found.append(full - full * tokens // PAGE)
+    return found
 
 
 def _narrow(fmt: Format, tokens: int, dim: int, dtype: torch.dtype, side: Side) -> Planes:

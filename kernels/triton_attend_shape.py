@@ -1,11 +1,11 @@
 """What kvc.attend's Triton kernels are printed for, and how they are cut into tiles."""
 
-from math import prod
+from math import gcd, prod
 from typing import NamedTuple
 
 import torch
 
-from kvcompile.format import Side
+from kvcompile.format import PAGE, Side
 from kvcompile.kernels import triton_source as ts
 from kvcompile.kernels.rebuild import Made
 from kvcompile.store import SIDES, Store
@@ -57,11 +57,13 @@ def tile(store: Store, shape: Shape) -> Tile:
     thin = min((_bits(store, shape, side) for side in held), default=16)
     many = max((len(ts.names(store, s, "body", shape.dims[SIDES.index(s)], shape.dtype))
                 for s in held), default=1)
-    wider = thin <= 2 and not shape.made
+    span = gcd(*(getattr(store.side(s).format, "triton_span", PAGE) for s in held), PAGE)
+    parts = 1 if span == PAGE else 2  # of a page, with planes of their own; a tile is of one
+    wider = thin * parts <= 2 and not shape.made
     room = 2048 if shape.dtype is torch.float32 else 8192 if wider else 4096
     queries = 1 if shape.one else max(1, min(16, 32 // shape.queries))
-    heavy = many > 4 or store.members > 2 or bool(shape.made and shape.made.basis)
-    return Tile(min(128, max(16, room // wide)), queries, 8 if heavy else 4)
+    heavy = many > 4 * parts or store.members > 2 or bool(shape.made and shape.made.basis)
+    return Tile(min(span, max(16, room // wide)), queries, 8 if heavy else 4)
 
 
 def _bits(store: Store, shape: Shape, side: Side) -> float:

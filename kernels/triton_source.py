@@ -8,8 +8,9 @@ store the tile `x` [N, DP] of fp32 numbers there. Of layers that lie together `t
 one, and `triton_member_writer` stores the tiles `x0`, `x1`, ... A writer of whole blocks may take
 them in tiles of `triton_tile` tokens, several times over (`TILES`). N and DP are put in by the
 skeletons: DP is `padded(dim)`, or fewer channels where a format says with `triton_pieces` that they
-can be written by themselves; `triton_free` are planes for which the writer may find other numbers
-of the same meaning than `encode`. The functions that all may call lie in `kernels/triton/`.
+can be written by themselves. No tile that is read passes a multiple of `triton_span` tokens.
+`triton_free` are planes for which the writer may find other numbers of the same meaning than
+`encode`. The functions that all may call lie in `kernels/triton/`.
 """
 
 import importlib

@@ -89,7 +89,25 @@ class Wrapper(ABC):
     def inner_triton_writer(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]
                             ) -> list[str]:
         """What stores `x` in the format inside; RecipeError if nothing does."""
+        if self.inner.step < getattr(self, "triton_tile", self.step):
+            check_steps(self.inner)
         return list(of(self.inner, "triton_writer", "writer")(dim, dtype, side, planes))
+
+    @property
+    def triton_alone(self) -> bool:
+        """Whether its Triton writer takes one step at a time."""
+        return getattr(self.inner, "triton_alone", False)
+
+    @property
+    def triton_span(self) -> int:
+        """No tile that is read passes a multiple of so many tokens (`kernels/triton_source.py`)."""
+        return getattr(self.inner, "triton_span", PAGE)
+
+
+def check_steps(fmt: Format) -> None:
+    """Raise RecipeError if the Triton writer of `fmt` cannot be given several steps at once."""
+    if getattr(fmt, "triton_alone", False):
+        raise RecipeError(f"format {fmt.name} has no Triton writer of several blocks at once")
 
 
 def total(x: Tensor) -> Tensor:

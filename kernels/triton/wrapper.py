@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from kvcompile.kernels.triton.coded import channel_scale
+from kvcompile.kernels.triton.coded import channel_scale, store_channel
 from kvcompile.kernels.triton.numbers import round_up
 from kvcompile.kernels.triton.products import dot, dot_add
 
@@ -23,15 +23,6 @@ def turn(x, N: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def total(x, N: tl.constexpr, DP: tl.constexpr):
-    """The sum over x's N tokens, half of them added to the other half: [DP]."""
-    for step in tl.static_range(7):
-        if (N >> step) > 1:
-            x = tl.sum(tl.reshape(x, (2, N >> (step + 1), DP)), 0)
-    return tl.reshape(x, (DP,))
-
-
-@triton.jit
 def centered(x, mean, page, at, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
              STEP: tl.constexpr):
     """x + mean, a mean of STEP tokens of each channel."""
@@ -41,19 +32,13 @@ def centered(x, mean, page, at, N: tl.constexpr, D: tl.constexpr, DP: tl.constex
 
 
 @triton.jit
-def store_row(plane, page, at, keep, x, D: tl.constexpr, DP: tl.constexpr, STEP: tl.constexpr):
-    """x [DP], a number of each channel of the step of token `at`."""
-    c = tl.arange(0, DP)
-    kept = tl.max(keep.to(tl.int32), 0) > 0
-    tl.store(plane + page * (128 // STEP * D) + at // STEP * D + c, x, mask=(c < D) & kept)
-
-
-@triton.jit
-def center(plane, page, at, keep, x, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    """Store the mean of x's N tokens; x without it."""
-    mean = (total(x, N, DP) / N).to(tl.float16)
-    store_row(plane, page, at, keep, mean, D, DP, N)
-    return x - mean.to(tl.float32)[None, :]
+def center(plane, page, at, keep, x, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+           STEP: tl.constexpr):
+    """Store the mean of every STEP of x's tokens; x without it."""
+    g = tl.reshape(x, (N // STEP, STEP, DP))
+    mean = (group_sum(g, 1, N // STEP, STEP, DP) / STEP).to(tl.float16)
+    store_channel(plane, page, at, keep, tl.reshape(mean, (N // STEP, DP)), N, D, DP, STEP)
+    return tl.reshape(g - mean.to(tl.float32), (N, DP))
 
 
 @triton.jit
@@ -66,12 +51,14 @@ def scaled(x, channel, page, at, N: tl.constexpr, D: tl.constexpr, DP: tl.conste
 
 
 @triton.jit
-def scale_down(plane, page, at, keep, x, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    """Store the root of each channel's peak in x's N tokens; x in units of it."""
-    scale = round_up(tl.sqrt_rn(tl.max(tl.abs(x), 0)))
+def scale_down(plane, page, at, keep, x, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+               STEP: tl.constexpr):
+    """Store the root of each channel's peak in every STEP of x's tokens; x in units of it."""
+    g = tl.reshape(x, (N // STEP, STEP, DP))
+    scale = round_up(tl.sqrt_rn(tl.max(tl.abs(g), 1)))
     scale = tl.maximum(scale.to(tl.float32), 0.000244140625)
-    store_row(plane, page, at, keep, scale.to(tl.float16), D, DP, N)
-    return tl.div_rn(x, tl.broadcast_to(scale[None, :], x.shape))
+    store_channel(plane, page, at, keep, scale.to(tl.float16), N, D, DP, STEP)
+    return tl.reshape(tl.div_rn(g, tl.broadcast_to(scale[:, None, :], g.shape)), (N, DP))
 
 
 # Outliers. In a page: by channel [128 / GROUP][D][TAKEN], by token [D / GROUP][TAKEN][128].
