@@ -5,7 +5,12 @@ The core knows no pass, format, method or model by name; this is the one place t
 
 import importlib
 import pkgutil
+from collections.abc import Iterator
+from functools import cache
+from hashlib import sha256
 from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 
@@ -25,3 +30,26 @@ def plugins(folder: str, attribute: str, group: str) -> list[Any]:
 def module(folder: str, name: str) -> Any:
     """The module `kvcompile.<folder>.<name>`."""
     return importlib.import_module(f"kvcompile.{folder}.{name}")
+
+
+@cache
+def digest() -> str:
+    """A hash of every text that kernels may be printed from: this package and what extends it."""
+    found = sha256()
+    for file in sorted(set(_sources())):
+        found.update(file.read_bytes())
+    return found.hexdigest()
+
+
+def _sources() -> Iterator[Path]:
+    names = {entry.module.partition(".")[0] for group in entry_points().groups
+             if group.startswith("kvcompile.") for entry in entry_points(group=group)}
+    for name in ("kvcompile", "kvcompile.passes", "kvcompile.kernels", "kvcompile.models", *names):
+        spec = find_spec(name)
+        assert spec is not None
+        if spec.submodule_search_locations is None:
+            yield Path(spec.origin or "")
+            continue
+        folders = [Path(spec.origin).parent] if spec.origin else spec.submodule_search_locations
+        for folder in map(Path, folders):
+            yield from (file for file in folder.rglob("*") if file.suffix in (".py", ".h"))

@@ -8,6 +8,7 @@ from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 from torch.fx import Graph, GraphModule
 
+from kvcompile.backend import template
 from kvcompile.backend.inductor import compile_graph
 from kvcompile.ir import APPEND, ATTEND, ATTENTION
 from kvcompile.kernels import cpp_blockwise
@@ -123,6 +124,7 @@ def test_other_machines(name, monkeypatch):
     """The text for machines without AVX-512 gives the same."""
     text = ("#define KVC_PORTABLE\n", *cpp_blockwise.headers())
     monkeypatch.setattr(cpp_blockwise, "headers", lambda: text)
+    monkeypatch.setattr(template, "digest", lambda: "without AVX-512")  # a key of its own
     Prompt(**QUICK[name], tokens=70).check()
 
 

@@ -7,6 +7,7 @@ import torch
 from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 
+from kvcompile.backend import template
 from kvcompile.backend.inductor import compile_graph
 from kvcompile.ir import APPEND, ATTEND
 from kvcompile.kernels import cpp_append, cpp_attend, pages
@@ -266,6 +267,7 @@ def test_other_machines(name, monkeypatch):
     """The text for machines without AVX-512 gives the same."""
     text = ("#define KVC_PORTABLE\n", *cpp_attend.headers())
     monkeypatch.setattr(cpp_attend, "headers", lambda: text)
+    monkeypatch.setattr(template, "digest", lambda: "without AVX-512")  # a key of its own
     Case(**QUICK[name]).check()
 
 

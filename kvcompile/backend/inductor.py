@@ -3,7 +3,7 @@
     torch._inductor.compile_fx.compile_fx      compile an fx graph without Dynamo: no guards are
         evaluated per call (a decode step has hundreds of planes and weights), nothing can recompile
     CompileContext   which frame is compiled, to warn once for all of its graphs
-    select_decomp_table   to which the bodies of inlined kvc ops are added
+    decompositions   to which the bodies of inlined kvc ops are added
     make_fx   Dynamo graphs as ATen ops before any decomposition
     pick_vec_isa   finds by compiling trial programs what vectors the CPU and the C++ compiler have
     get_cpp_compiler, InvalidCxxCompiler   whether there is a compiler, before a model is captured
@@ -16,6 +16,7 @@
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from threading import Thread
 from typing import cast
 
@@ -26,7 +27,7 @@ from torch._guards import CompileContext
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.cpu_vec_isa import pick_vec_isa
-from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.decomposition import decompositions
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
@@ -56,7 +57,6 @@ def compile_graph(gm: GraphModule, inputs: Sequence[Tensor],
     """
     gpu.lower(gm, inputs[0].device)
     if all(x.device.type == "cpu" for x in inputs):
-        Thread(target=pick_vec_isa).start()  # meanwhile the graph is traced
         outline(gm)
     env = ShapeEnv(duck_shape=True)
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
@@ -71,13 +71,23 @@ def compile_graph(gm: GraphModule, inputs: Sequence[Tensor],
 
 
 def check_compiler() -> None:
-    """Raise KVCompileError where Inductor finds no C++ compiler."""
+    """Raise KVCompileError where Inductor finds no C++ compiler; else see what it can do."""
     try:
         get_cpp_compiler()
+        _vectors()
     except InvalidCxxCompiler:
         wanted = os.environ.get("CXX", "g++")
         raise KVCompileError(f"no working C++ compiler ({wanted}): install g++ or set CXX, or pass "
                              "compile=False for the slow plain bodies") from None
+
+
+@cache
+def _vectors() -> Thread:
+    """A search that compiles trial programs while a model is captured. It is joined before anything
+    else looks: torch changes its flags on the way, and two at a time leave them changed."""
+    thread = Thread(target=pick_vec_isa)
+    thread.start()
+    return thread
 
 
 def lazy_graphs() -> AbstractContextManager[None]:
@@ -109,5 +119,6 @@ def compile_dynamo(gm: GraphModule, inputs: Sequence) -> Callable:
 
 
 def _compile(gm: GraphModule, inputs: Sequence, **settings: bool) -> Callable:
-    return cast(Callable, compile_fx(gm, list(inputs), config_patches=cache_key() | settings,
-                                     decompositions={**select_decomp_table(), **INLINED}))
+    _vectors().join()
+    decompositions.update(INLINED)  # `decompositions=` would keep Inductor from using its cache
+    return cast(Callable, compile_fx(gm, list(inputs), config_patches=cache_key() | settings))

@@ -25,7 +25,7 @@ from kvcompile.kernels.rebuild import made
 from kvcompile.store import Store
 
 
-@lowering(LINEAR, linears, *linears.FILES)
+@lowering(LINEAR)
 def linear(x: Any, weights: list[Any], biases: list[Any], *, gate: str = "") -> Any:
     """One row of x against weights whose rows are contiguous."""
     *rows, _ = x.get_size()
@@ -42,7 +42,7 @@ def linear(x: Any, weights: list[Any], biases: list[Any], *, gate: str = "") -> 
                   x.get_dtype())
 
 
-@lowering(ATTENTION, cpp_attend, cpp_blockwise, *cpp_blockwise.FILES)
+@lowering(ATTENTION)
 def attention(q: Any, k: Any, v: Any, positions: Any, valid: Any, sinks: Any, *, scale: float,
               window: int = 0, softcap: float = 0.0, store: str = "store", layer: int = 0,
               members: Any = (), basis: Any = None, offset: Any = None, cos: Any = None,
@@ -54,7 +54,7 @@ def attention(q: Any, k: Any, v: Any, positions: Any, valid: Any, sinks: Any, *,
     return _many(shape, q, k, v, [], valid, sinks, Store.parse(store))
 
 
-@lowering(ATTEND, cpp_attend, cpp_blockwise, *cpp_blockwise.FILES)
+@lowering(ATTEND)
 def attend(q: Any, k: Any, v: Any, planes: list[Any], positions: Any, valid: Any, sinks: Any, *,
            scale: float, window: int = 0, softcap: float = 0.0, store: str, slot: int = 0,
            layer: int = 0, mass: bool = False, looks: int = 0, low: bool = False, member: int = 0,
@@ -130,7 +130,7 @@ def _inputs(q: Any, k: Any, v: Any, planes: list[Any], valid: Any, sinks: Any, s
     return inputs
 
 
-@lowering(APPEND, cpp_append, *cpp_append.FILES)
+@lowering(APPEND)
 def append(planes: list[Any], k: list[Any], v: list[Any], positions: Any, valid: Any, *,
            store: str, slots: list[int]) -> Any:
     """Any number of tokens."""
@@ -152,7 +152,7 @@ def append(planes: list[Any], k: list[Any], v: list[Any], positions: Any, valid:
     return ()
 
 
-@lowering(EVICT, cpp_evict, *cpp_evict.FILES)
+@lowering(EVICT)
 def evict(planes: list[Any], mass: list[Any], k: list[Any], v: list[Any], positions: Any,
           valid: Any, *, store: str, rules: list[str], slots: list[int], group: int = 1,
           ids: Any = None) -> Any:
@@ -171,7 +171,7 @@ def evict(planes: list[Any], mass: list[Any], k: list[Any], v: list[Any], positi
     return ()
 
 
-@lowering(STORABLE, cpp_append, *cpp_append.FILES)
+@lowering(STORABLE)
 def storable(k: list[Any], v: list[Any], k_limits: list[float], v_limits: list[float]) -> Any:
     """One token a row."""
     if k[0].get_device().type != "cpu" or not _equal(k[0].get_size()[2], 1):

@@ -123,7 +123,7 @@ class _Stretch:
         attend = next(n for n in self.nodes if n.target is ATTEND)
         place = f"{name}_{attend.name}"
         gm.register_buffer(place, torch.tensor([attend.kwargs.get(k, 0) for k in _PLACE],
-                                               dtype=torch.int32), persistent=False)
+                                               dtype=torch.int32))
         with gm.graph.inserting_before(self.nodes[-1]):
             at, body = gm.graph.get_attr(place), gm.graph.get_attr(name)
             given = [_contiguous(n) if n.op == "call_function" and n not in same and "region" not in

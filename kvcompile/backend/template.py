@@ -9,16 +9,13 @@ Private API of torch 2.13, and why:
     MutationOutput   which inputs a kernel writes, for the order of what reads them
     V.graph.no_fuse_buffer_names   our text takes no epilogues: nothing may be fused to its output
     config.unsafe_marked_cacheable_functions   part of the key of Inductor's caches, which do not
-        see the text of a lowering: stale kernels would come back from the disk
+        see what a lowering reads: stale kernels would come back from the disk
 """
 
 import hashlib
-import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -32,17 +29,19 @@ from torch._inductor.utils import Placeholder, parallel_num_threads
 from torch._inductor.virtualized import V
 from torch._ops import OpOverload
 
+from kvcompile.registry import digest
+
 log = logging.getLogger(__name__)
 
 HEADER = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
-LOWERED: dict[str, str] = {}  # op -> the hash of the text that it is compiled from
+LOWERED: list[str] = []  # the ops with a lowering of ours
 
 
-def lowering(op: OpOverload, *texts: ModuleType | Path) -> Callable[[Callable], Callable]:
+def lowering(op: OpOverload) -> Callable[[Callable], Callable]:
     """Register the decorated function as what Inductor makes of kvc op `op`.
 
     It gets the op's arguments as Inductor's nodes, and returns `kernel(...)`, or None for the op's
-    body. `texts` are the modules and files that its C++ comes from, beside its own and this one.
+    body.
     """
 
     def register(function: Callable) -> Callable:
@@ -56,12 +55,7 @@ def lowering(op: OpOverload, *texts: ModuleType | Path) -> Callable[[Callable], 
             return plain(*args, **kwargs)
 
         register_lowering(op, type_promotion_kind=None)(lower)
-        digest = hashlib.sha256()
-        for source in (function, *texts):
-            file = source if isinstance(source, Path) else inspect.getfile(source)
-            digest.update(Path(file).read_bytes())
-        digest.update(Path(__file__).read_bytes())
-        LOWERED[str(op)] = digest.hexdigest()
+        LOWERED.append(str(op))
         return function
 
     return register
@@ -180,6 +174,6 @@ class _Text:
 
 
 def cache_key() -> dict[str, Any]:
-    """Settings of Inductor that make the texts of all kernels part of its caches' keys."""
+    """Settings of Inductor that make all of our text part of its caches' keys."""
     marked = torch._inductor.config.unsafe_marked_cacheable_functions
-    return {"unsafe_marked_cacheable_functions": {**marked, **LOWERED}}
+    return {"unsafe_marked_cacheable_functions": {**marked, **dict.fromkeys(LOWERED, digest())}}
