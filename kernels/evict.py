@@ -6,9 +6,9 @@ groups or wait before they are encoded, whole pages of the body leave and the la
 the page tables. Nothing is ever encoded again, and no memory is taken or freed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 
 import torch
@@ -19,6 +19,7 @@ from kvcompile.format import Side as SideName
 from kvcompile.ir import body
 from kvcompile.kernels import pages
 from kvcompile.kernels.rest import fold
+from kvcompile.prompt import Held
 from kvcompile.rule import Rule
 from kvcompile.store import SIDES, SLOTS, Store
 
@@ -187,7 +188,7 @@ def waiting(store: Store, rules: Sequence[str], tokens: int) -> str:
         return "what leaves is read and added up"
     scorers = [Rule.parse(rule).scorer for rule in rules]
     return next((f"{x.name} reads keys or a list of ids" for x in scorers
-                 if hasattr(x, "final") or "ids" in x.needs), "")
+                 if hasattr(x, "final") or hasattr(x, "settle") or "ids" in x.needs), "")
 
 
 def movable(store: Store) -> bool:
@@ -202,8 +203,17 @@ def drop(heads: Heads, rule: Rule, newest: Tensor, dims: tuple[int, int], dtype:
     held = torch.arange(score.shape[1], device=score.device) < heads.count[:, None]
     limit = heads.named["limit"].long()
     over = heads.count.long() - limit
+    if hasattr(rule.scorer, "settle"):
+        for head, at, own in _held(heads, heads.count > 0, position, dims, dtype):
+            old = score[head, at]
+            if (new := rule.scorer.settle(old, own)) is not old:
+                score[head, at] = new
+                heads.put("score", (torch.full_like(at, head), at), new)
     if hasattr(rule.scorer, "final"):
-        _final(heads, rule, score, position, over, dims, dtype)
+        slack = rule.every if movable(heads.store) else PAGE
+        full = heads.count > 0 if hasattr(rule.budgeter, "below") else over >= slack
+        for head, at, own in _held(heads, full, position, dims, dtype):
+            score[head, at] = rule.scorer.final(score[head, at], own)
     if getattr(rule.scorer, "shared", False):
         score = score.unflatten(0, (-1, kv)).mean(1, keepdim=True).expand(-1, kv, -1).flatten(0, 1)
     recent = (limit * rule.recent).long() if isinstance(rule.recent, float) else rule.recent
@@ -219,19 +229,19 @@ def drop(heads: Heads, rule: Rule, newest: Tensor, dims: tuple[int, int], dtype:
         _pages(heads, score, over, dims, dtype)
 
 
-def _final(heads: Heads, rule: Rule, score: Tensor, position: Tensor, over: Tensor,
-           dims: tuple[int, int], dtype: torch.dtype) -> None:
-    """Score [N, slots] of the heads from which tokens leave, in place, from their decoded keys."""
+def _held(heads: Heads, which: Tensor, position: Tensor, dims: tuple[int, int],
+          dtype: torch.dtype) -> Iterator[tuple[int, Tensor, Held]]:
+    """(head, numbers of its tokens in order, what it holds of them) of the heads `which` [N]."""
     named = {name: p[None] if name.endswith(pages.OWN) else p
              for name, p in heads.named.items()}
-    tiers = pages.tiers(heads.store, "k", named, dims[0], dtype)
-    slack = rule.every if movable(heads.store) else PAGE
-    full = over >= slack if not hasattr(rule.budgeter, "below") else heads.count > 0
-    for head in full.nonzero().flatten().tolist():
-        n, own = int(heads.count[head]), slice(head, head + 1)
-        keys = pages.stored(heads.store, "k", tiers, 0, own, n)[0].float()
-        order = position[head, :n].argsort(stable=True)
-        score[head, order] = rule.scorer.final(score[head, order], keys[order])
+
+    def read(head: int, at: Tensor, side: SideName) -> Tensor:
+        tiers = pages.tiers(heads.store, side, named, dims[SIDES.index(side)], dtype)
+        return pages.stored(heads.store, side, tiers, 0, slice(head, head + 1), len(at))[0][at]
+
+    for head in which.nonzero().flatten().tolist():
+        at = position[head, : int(heads.count[head])].argsort(stable=True)
+        yield head, at, Held(position[head, at], partial(read, head, at))
 
 
 def _tokens(heads: Heads, rule: Rule, score: Tensor, position: Tensor, over: Tensor,

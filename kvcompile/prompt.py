@@ -1,6 +1,7 @@
-"""What a scorer sees of one layer and one row: the prompt's q, K and V, padding taken out."""
+"""What a scorer sees of one layer and one row: the prompt's q, K and V, padding taken out; and,
+while decoding, of one head: what it holds."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -108,3 +109,22 @@ class Prompt:
         else:
             angles = torch.cat([angles, angles], -1)
         return angles.cos().float(), angles.sin().float()
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a head holds of its tokens while decoding, in order: `positions` [T], and `read`, which
+    decodes "k" or "v"."""
+
+    positions: Tensor
+    read: Callable[[str], Tensor]
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """[T, Dk] in fp32."""
+        return self.read("k").float()
+
+    @cached_property
+    def values(self) -> Tensor:
+        """[T, Dv] in fp32."""
+        return self.read("v").float()

@@ -37,8 +37,9 @@ class Scorer(Protocol):
     `observe` where scores change with what each step attends to; an attribute `looks` says of how
     many of several queries, the last ones, the weights are added up first (0: of all), and without
     it they cannot come together; with a true `low` it is not weights that are, but how often a
-    token got less than its share. With `final(score, keys)` a head's tokens are scored when some
-    have to leave: score [T] and keys [T, Dk] of all that it holds, in order. Where tokens are put
+    token got less than its share. With `final(score, held)` a head's tokens are scored when some
+    have to leave: score [T] of all that it holds, in order (`Held`); with `settle(score, held)`
+    they then get other scores for good (the same tensor: none does). Where tokens are put
     in order and none leaves (`salient`), `averaged(score, mass, seen, queries)` is told of how many
     queries each token has been seen, and of how many in this call. `cpp`, if there is
     one, is the same in C++: a token's score of `position` where it arrives, or of `score`, `mass`,

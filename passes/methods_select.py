@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from kvcompile.errors import RecipeError
 from kvcompile.method import Axes, Method, Param
 from kvcompile.passes.entries import PROTECT, WINDOW, chosen, keep, term, window
 from kvcompile.recipe import Term
@@ -54,7 +55,15 @@ def _expected(p: Mapping[str, Any]) -> Axes:
 
 
 def _lagkv(p: Mapping[str, Any]) -> Axes:
-    return keep(term("lag", length=p["length"], sinks=p["sinks"]), p)
+    score, length = term("lag", length=p["length"], sinks=p["sinks"]), p["length"]
+    if not p["decode"]:
+        return keep(score, p)
+    if p["budget"] is not None:
+        raise RecipeError("lagkv: decode=true keeps a share of every part: give ratio=, not "
+                          "budget=")
+    least = length - max(1, int(length * p["ratio"] + 1e-9))           # the rank of those that stay
+    return {"keep.score": score, "keep.every": 1,
+            "keep.budget": term("threshold", at=(least - 0.5) / length)}
 
 
 def _finch(p: Mapping[str, Any]) -> Axes:
@@ -162,7 +171,8 @@ METHODS: tuple[Method, ...] = (
     ),
     chosen(
         "lagkv", 0.5, Param("length", 128, minimum=2, help="tokens of a part"),
-        *PROTECT,
+        *PROTECT, Param("decode", False, help="cut every part to its share when the next one is "
+                        "complete, while decoding, too"),
         title="LagKV", paper="arXiv:2504.04704",
         axes=_lagkv, note="tokens unlike those of the next part stay; no attention is needed",
     ),

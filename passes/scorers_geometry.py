@@ -9,7 +9,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from kvcompile.kernels.rotary import rope
 from kvcompile.passes.scorers_attention import pooled
-from kvcompile.prompt import Prompt
+from kvcompile.prompt import Held, Prompt
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class KeyDiff:
         """What `final` puts another score in place of."""
         return torch.zeros(keys.shape[:3], device=keys.device)
 
-    def final(self, score: Tensor, keys: Tensor) -> Tensor:
-        return self._unlike(keys)
+    def final(self, score: Tensor, held: Held) -> Tensor:
+        return self._unlike(held.keys)
 
     @staticmethod
     def _unlike(keys: Tensor) -> Tensor:
@@ -138,14 +138,15 @@ class Lag:
     """LagKV: how unlike the next `length` tokens a token's channels are, ranked among its own part.
 
     K and V alike: normalized by the next part's range of each channel, the deviation over channels,
-    softmax over the part. The first `sinks` and the last part (with the rest) stay.
+    softmax over the part. The first `sinks` and the last part (with the rest) stay. While decoding
+    a part gets its ranks when the next one is complete; parts are those of positions.
     """
 
     length: int = 128
     sinks: int = 4
     name: ClassVar[str] = "lag"
-    waits: ClassVar[str] = ("compares each part of a prompt with the next one, K and V of which a "
-                            "later piece would bring")
+    waits: ClassVar[str] = ("compares the parts of a whole prompt; with decode=true each is cut "
+                            "when the next one has come, in a later piece too")
     needs: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -160,14 +161,38 @@ class Lag:
         parts = max(0, x.tokens - self.sinks) // self.length
         out = torch.full((x.heads, x.tokens), torch.inf, device=x.k.device)
         if parts < 2:                    # too short to compare: the newest stay
-            out[:, self.sinks:] = x.positions[self.sinks : x.tokens].float()
+            out[:, self.sinks:] = x.positions[self.sinks : x.tokens].float() + 1   # above all ranks
             return out
         end = self.sinks + parts * self.length
-        both = sum(self._unlike(t[:, self.sinks : end].unflatten(1, (parts, self.length)))
-                   for t in (x.keys, x.values)) / 2
-        ranks = both.argsort(-1).argsort(-1) / self.length     # type: ignore[union-attr]
+        ranks = self._ranks(*(t[:, self.sinks : end].unflatten(1, (parts, self.length))
+                              for t in (x.keys, x.values)))
         out[:, self.sinks : end - self.length] = ranks.flatten(1)
         return out
+
+    def arrive(self, keys: Tensor, positions: Tensor, ids: Tensor | None) -> Tensor:
+        return torch.full(keys.shape[:3], torch.inf, device=keys.device)
+
+    def settle(self, score: Tensor, held: Held) -> Tensor:
+        """Ranks of the complete parts that have none yet and that a complete one follows."""
+        new = ((score >= 1) & (held.positions >= self.sinks)).nonzero().flatten()
+        if len(new) < 2 * self.length:
+            return score
+        parts = (held.positions[new] - self.sinks).long() // self.length
+        first = int(parts[0])
+        whole = parts.bincount()[first:] == self.length
+        pairs = (whole[:-1] & whole[1:]).nonzero().flatten() + first
+        out = score.clone()
+        for part in pairs.tolist():
+            own, after = (new[parts == p] for p in (part, part + 1))
+            out[own] = self._ranks(*(torch.stack([t[own], t[after]])[None]
+                                     for t in (held.keys, held.values)))[0, 0]
+        return out
+
+    def _ranks(self, k: Tensor, v: Tensor) -> Tensor:
+        """[H, parts - 1, length]: 0, 1 / length, .. of K and V [H, parts, length, D], as each part
+        but the last is unlike the next one."""
+        both = (self._unlike(k) + self._unlike(v)) / 2
+        return both.argsort(-1).argsort(-1) / self.length
 
     @staticmethod
     def _unlike(parts: Tensor) -> Tensor:
@@ -230,9 +255,9 @@ class Redundant:
         mean = score * (1 - queries / self.window) + mass / self.window
         return torch.where(new | score.isinf(), mass / queries, mean)
 
-    def final(self, score: Tensor, keys: Tensor) -> Tensor:
+    def final(self, score: Tensor, held: Held) -> Tensor:
         weight = pooled(score, self.kernel, "max")
-        return self.mix * weight - (1 - self.mix) * redundancy(keys[None], self.alike)[0]
+        return self.mix * weight - (1 - self.mix) * redundancy(held.keys[None], self.alike)[0]
 
 
 def redundancy(keys: Tensor, alike: float) -> Tensor:

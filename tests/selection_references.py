@@ -155,12 +155,27 @@ def chunkkv(layers: list[Layer], ratio: float, w: int, length: int) -> Kept:
     return out
 
 
-def lagkv(layers: list[Layer], n: int, length: int, sinks: int) -> Kept:
-    def unlike(x: Tensor, ref: Tensor) -> Tensor:
-        low, high = ref.amin(0), ref.amax(0)
-        spread = ((x - low) / (high - low)).std(-1)
-        return (spread - spread.max()).exp() / (spread - spread.max()).exp().sum()
+def lag_order(k: Tensor, v: Tensor, part: slice) -> list[int]:
+    """The tokens of a part, from that most like the next part to the least like it."""
+    length, after = part.stop - part.start, slice(part.stop, 2 * part.stop - part.start)
+    total = [0.0] * length
+    for x in (k.double(), v.double()):
+        low, high = x[after].amin(0), x[after].amax(0)
+        spread = ((x[part] - low) / (high - low)).std(-1)
+        total = [a + float(b) for a, b in zip(total, (spread - spread.max()).exp()
+                                              / (spread - spread.max()).exp().sum(), strict=True)]
+    return [part.start + i for i in sorted(range(length), key=lambda i: total[i])]
 
+
+def lagkv_parts(k: Tensor, v: Tensor, tokens: int, keep: int, length: int, sinks: int) -> list[int]:
+    """What a head holds of so many tokens if every part is cut when the next one is complete."""
+    gone: set[int] = set()
+    for start in range(sinks, tokens - 2 * length + 1, length):
+        gone |= {*lag_order(k, v, slice(start, start + length))[: length - keep]}
+    return [t for t in range(tokens) if t not in gone]
+
+
+def lagkv(layers: list[Layer], n: int, length: int, sinks: int) -> Kept:
     out = []
     for _, k, v in layers:
         heads, t = [], k.shape[1]
@@ -169,10 +184,8 @@ def lagkv(layers: list[Layer], n: int, length: int, sinks: int) -> Kept:
             scores = [math.inf] * t
             for p in range(parts - 1):
                 a = slice(sinks + p * length, sinks + (p + 1) * length)
-                b = slice(a.stop, a.stop + length)
-                s = (unlike(kh[a], kh[b]) + unlike(vh[a], vh[b])) / 2
-                for rank, i in enumerate(sorted(range(length), key=lambda i: float(s[i]))):
-                    scores[a.start + i] = rank / length
+                for rank, i in enumerate(lag_order(kh, vh, a)):
+                    scores[i] = rank / length
             heads.append(best(scores, n))
         out.append(heads)
     return out

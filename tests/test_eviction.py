@@ -418,10 +418,11 @@ def test_windows_keep_their_own_tokens():
     ("adakv(scorer=snapkv(budget=3))", "budget belongs to the method around it"),
     ("adakv(scorer=snapk)", "unknown method 'snapk'; did you mean 'snapkv'?"),
     ("adakv(scorer=finch, budget=9)", "finch takes ratio= only"),
-    ("dms(scorer=lagkv)", "lag scores whole prompts, not the tokens that follow"),
+    ("dms(scorer=snapkv)", "window scores whole prompts, not the tokens that follow"),
     ("h2o+protect", "unknown method 'protect'"),
     ("h2o+kivi(residual=96)", "blocks of 96 tokens are encoded together"),
     ("dms+kivi", "a threshold evicts single tokens"),
+    ("lagkv(decode=true, budget=9)", "lagkv: decode=true keeps a share of every part: give ratio="),
     ("duoattention(heads=[[1, 0]])", "was calibrated for 1 layers, but claims 4"),
 ])
 def test_bad_recipes_get_one_line(recipe, text):
@@ -447,7 +448,7 @@ def test_a_budget_larger_than_the_prompt_is_said(caplog):
 
 @pytest.mark.parametrize(("recipe", "text"), [
     ("snapkv", "layer 0: chooses once, among all of a prompt's tokens, which it must see at once"),
-    ("lagkv", "layer 0: compares each part of a prompt with the next one"),
+    ("lagkv", "layer 0: compares the parts of a whole prompt; with decode=true each is cut"),
     ("finch", "layer 0: the question at a prompt's end looks at every part"),
     ("keydiff", "layer 0: chooses once, among all of a prompt's tokens"),
     ("simlayerkv", "layer 0: its budget, lazy(")])
@@ -461,7 +462,7 @@ def test_chunked_prompts_are_refused(recipe, text):
     "knorm(budget=24, decode=true)", "knorm(ratio=0.2, decode=true)",
     "dms(scorer=knorm, threshold=-3, delay=9)+int8",
     "duoattention(heads=[[1, 0], [0, 1]], sinks=2, recent=10)",
-    "sepllm(separators=[7, 11, 20], recent=9)"])
+    "sepllm(separators=[7, 11, 20], recent=9)", "lagkv(length=9, decode=true, ratio=0.3)"])
 def test_what_is_scored_alone_is_kept_alike_in_pieces(recipe):
     """In the first layer, whose keys do not depend on what later pieces see."""
     whole, pieces = (kvcompile.optimize(optimized("llama:2"), recipe, compile=False,
@@ -473,6 +474,23 @@ def test_what_is_scored_alone_is_kept_alike_in_pieces(recipe):
     a, b = (kvcompile.prefill(m, ids, attention_mask=mask) for m in (whole, pieces))
     assert torch.equal(a.positions(0), b.positions(0))
     assert torch.equal(a.stored_tokens(1), b.stored_tokens(1)) or "knorm" in recipe
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 29])
+def test_parts_are_cut_when_the_next_one_is_complete(chunk):
+    """LagKV: however the tokens come, a head of the first layer holds the same of them."""
+    model = kvcompile.optimize(optimized("llama:2"), "lagkv(length=12, ratio=0.4, sinks=3, "
+                               "decode=true)", compile=False, prefill_chunk=chunk)
+    ids = torch.randperm(125, generator=torch.Generator().manual_seed(0))[None] + 3
+    sample = Samples(model.kvcompile.program.snapshots["capture"], ids).attention[0]
+    cache = kvcompile.prefill(model, ids[:, :61])
+    for tokens in range(61, 126):
+        want = [refs.lagkv_parts(k, v, tokens, 4, 12, 3)
+                for k, v in zip(sample.k[0], sample.v[0], strict=True)]
+        assert [held.tolist() for held in cache.positions(0)[0]] == want
+        if tokens < 125:
+            model(ids[:, tokens : tokens + 1], past_key_values=cache, use_cache=True)
+    assert len(want[0]) == 125 - 9 * 8 and want[0] != want[1]
 
 
 class Pieces:
