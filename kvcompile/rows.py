@@ -13,6 +13,7 @@ from kvcompile.program import Program
 from kvcompile.recipe import Recipe
 from kvcompile.registry import module
 from kvcompile.rewrite import Outcome, Pass, Refused, Rewritten, copy_graph, passes, run_passes
+from kvcompile.rule import Rule
 from kvcompile.site import Site
 from kvcompile.store import Store
 
@@ -49,14 +50,14 @@ def kernel_of(site: Site) -> tuple[str, str]:
     """What runs the kvc ops of a compiled step on the CPU, and why that is no fused kernel, if so.
 
     Prompts and later turns attend and store by the same readers' kernels (`kvcompile.alone`), but
-    for later turns over keys that are rebuilt at read; what is not compiled runs the plain bodies.
+    for the later turns that `several` names; what is not compiled runs the plain bodies.
     """
     why = fused(site)
     if not why:
-        many = "calls of several tokens rebuild keys in the plain body of kvc.attend"
-        return "fused C++", many if site.rebuilt else ""
+        return "fused C++", several(site)
     which = "eager body" if {"attend", "append"} <= why.keys() else f"eager {' '.join(why)}"
-    return which, "; ".join(f"kvc.{op} runs its plain body: {reason}" for op, reason in why.items())
+    lines = [f"kvc.{op} runs its plain body: {reason}" for op, reason in why.items()]
+    return which, "; ".join(filter(None, [*lines, "" if "attend" in why else several(site)]))
 
 
 def fused(site: Site) -> dict[str, str]:
@@ -71,6 +72,14 @@ def fused(site: Site) -> dict[str, str]:
     elif site.rule and site.store.slots:
         found["evict"] = evict.unsupported(site.layout, [site.rule])
     return {op: reason for op, reason in found.items() if reason}
+
+
+def several(site: Site) -> str:
+    """Why calls of several tokens attend to what is stored by the plain body, if they do."""
+    reasons = {"rebuild keys": site.rebuilt, "read a compensation token": site.layout.rest,
+               "add up what each token is given": site.rule and Rule.parse(site.rule).observes}
+    found = " and ".join(reason for reason, holds in reasons.items() if holds)
+    return found and f"calls of several tokens {found} in the plain body of kvc.attend"
 
 
 def stored(site: Site) -> str:

@@ -88,4 +88,4 @@ WITHOUT = {"r-kv(budget=24)": "scorer redundant is not told in C++",
 @pytest.mark.parametrize("recipe", WITHOUT)
 def test_rules_without_a_kernel_are_said(recipe):
     rows = kvcompile.explain(optimized("llama"), recipe).rows
-    assert any(r.why == f"kvc.evict runs its plain body: {WITHOUT[recipe]}" for r in rows)
+    assert any(r.why.startswith(f"kvc.evict runs its plain body: {WITHOUT[recipe]}") for r in rows)

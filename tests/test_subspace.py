@@ -218,8 +218,8 @@ def test_explain_says_what_became_of_the_layers():
     rows = {(r.layer, r.name): r for r in report.rows}
     assert rows[2, "merge"].what == "one subspace with layer 3"
     assert rows[2, "merge"].storage.endswith("with layer 3")
-    assert rows[2, "merge"].why == ("kvc.append runs its plain body: format subspace has no C++ "
-                                    "writer")
+    assert rows[2, "merge"].why.startswith("kvc.append runs its plain body: format subspace has no "
+                                           "C++ writer; ")
 
 
 def test_the_groups():
