@@ -203,5 +203,5 @@ def test_a_plain_model_and_mistakes() -> None:
 def test_eviction_while_decoding_has_a_kernel() -> None:
     rows = [r for r in kvcompile.explain(optimized("llama"), "h2o(budget=24)").rows if r.kernel]
     assert rows and all(r.kernel == "fused C++" for r in rows)
-    assert {r.why for r in rows} == {"calls of several tokens add up what each token is given in the "
-                                     "plain body of kvc.attend"}
+    assert {r.why for r in rows} == {"calls of several tokens add up what each token is given in "
+                                     "the plain body of kvc.attend"}
