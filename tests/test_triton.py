@@ -87,7 +87,7 @@ def test_resources_of_a_decode_step_on_sm_90():
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("recipe", EVERY)
+@pytest.mark.parametrize("recipe", [*EVERY, "zipcache", "mikv", "mikv(bits=8)"])
 def test_nothing_spills(recipe, dim, target):
     stores = {s.store for s in kvcompile.explain(plain("llama:2"), recipe).program.sites}
     for store in stores:

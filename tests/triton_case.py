@@ -35,7 +35,7 @@ STORES = {  # what the recipes make, and the corners of the formats
               "of=hadamard(of=int(bits=8)), block=16), block=64), v_block=64)",
     "mixed": "store(k=mixed(high=dense, low=int(bits=2, axis=channel, group=32)), k_block=128, v="
              "scaled(of=mixed(high=scaled(of=int(bits=4, axis=channel, group=16), block=16), low="
-             "nf4(axis=channel, group=16), salient=48), block=128), v_block=128)",
+             "nf4(axis=channel, group=16), salient=96), block=128), v_block=128)",
     "gear": "store(k=lowrank(of=outliers(of=int(bits=2, axis=channel), fraction=0.05)), "
             "v=lowrank(of=outliers(of=int(bits=2)), rank=2))",
     "outliers": f"store(k=outliers(of=nuq(table={TABLE}, axis=channel, group=64), fraction=0.03), "

@@ -185,7 +185,7 @@ def spread(x, place, page, at, N: tl.constexpr, LEFT: tl.constexpr, D: tl.conste
     for i in tl.static_range(PARTS):
         own = place + (page * (128 // STEP) + at // STEP + i) * LEFT + j
         here = tl.load(own, mask=j < LEFT, other=-1).to(tl.int32) == c
-        moved = dot(x.to(T), here.to(T), WIDE)
+        moved = dot(x.to(T), tl.where(here, 1.0, 0.0).to(T), WIDE)
         out = tl.where(part == i, moved, out)
     return out
 

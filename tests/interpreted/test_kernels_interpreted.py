@@ -4,6 +4,7 @@ tests/test_triton.py runs these in a process of their own: Triton decides when i
 """
 
 import warnings
+from math import gcd
 
 import pytest
 import torch
@@ -108,11 +109,11 @@ def test_every_head_size(name, dim, dtype):
 
 
 def fitting(store, dim):
-    """The store with groups of 16, also where 32 is not said, if `dim` has no groups of 32."""
+    """The store with groups of 16 or 32, also where none is said, if `dim` has no groups of 64."""
     def narrow(part):
         name = getattr(part, "name", part)
         args = [(key, narrow(value)) for key, value in getattr(part, "args", ()) if key != "group"]
         if name in formats() and "group" in formats()[name].__match_args__:
-            args.append(("group", 16))
+            args.append(("group", gcd(dim, 32)))
         return Term(name, tuple(args)) if args else part
-    return str(narrow(parse_term(store))) if dim % 32 else store
+    return str(narrow(parse_term(store))) if dim > 64 and dim % 64 else store
