@@ -1,9 +1,10 @@
-"""Time and peak memory of the prefill of a long prompt, with selection and without.
+"""Time and peak memory of the prefill of a long prompt and of decoding after it.
 
-    python tests/prefill_memory.py [--tokens 8000] [--model tiny] [--repeats 3] [recipe ...]
+    python tests/memory_table.py [--tokens 8000] [--model tiny] [--repeats 3] [recipe ...]
 
 Each recipe runs in a process of its own; the kernels are compiled on a short prompt first. Memory
-is what the process takes at most during a prefill beyond what it took before.
+is what the process takes at most during a prefill, and during the steps after the last one, beyond
+what it took before. A dense copy of the cache that a step makes would be seen there.
 """
 
 import argparse
@@ -20,7 +21,8 @@ import kvcompile
 from kvcompile.models.smollm2 import smollm2
 from kvcompile.models.tiny import tiny
 
-RECIPES = ("full", "snapkv(budget=1024)")
+RECIPES = ("full", "snapkv(budget=1024)", "kivi(bits=4)")
+STEPS = 16
 
 
 def proc(field: str) -> int:
@@ -30,22 +32,32 @@ def proc(field: str) -> int:
 
 
 def measure(recipe: str, name: str, tokens: int, repeats: int) -> dict[str, float]:
-    """Seconds (median), bytes at the first peak, and the cache's, of prefills of some tokens."""
+    """Seconds (median), bytes at the first peak, and the cache's, of prefills of some tokens; bytes
+    at the peak of steps after the last of them."""
     base = smollm2()[0] if name == "smollm2" else tiny(
         "llama", num_hidden_layers=12, head_dim=64, num_key_value_heads=4, hidden_size=256)
     model = kvcompile.optimize(base, recipe)
     ids = torch.randint(3, 128, (1, tokens), generator=torch.Generator().manual_seed(0))
-    model(ids[:, :300], use_cache=True, logits_to_keep=1)
-    seconds, peaks, nbytes = [], [], 0
+    cache = model(ids[:, :300], use_cache=True, logits_to_keep=1).past_key_values
+    model(ids[:, :1], past_key_values=cache)
+    seconds, peaks = [], []
     for _ in range(repeats):
-        before, start = proc("VmRSS"), time.perf_counter()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+        del cache
+        before, start = counted(), time.perf_counter()
         cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
         seconds.append(time.perf_counter() - start)
         peaks.append(proc("VmHWM") - before)
-        nbytes = cache.nbytes
-        del cache
-    return {"seconds": median(seconds), "peak": peaks[0], "nbytes": nbytes}
+    nbytes, before = cache.nbytes, counted()
+    for _ in range(STEPS):
+        model(ids[:, :1], past_key_values=cache)
+    return {"seconds": median(seconds), "peak": peaks[0], "nbytes": nbytes,
+            "steps": max(0, proc("VmHWM") - before)}
+
+
+def counted() -> int:
+    """Bytes that the process takes; its peak is counted from here."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return proc("VmRSS")
 
 
 def main() -> None:
@@ -59,8 +71,8 @@ def main() -> None:
     if given.one:
         print(json.dumps(measure(given.recipes[0], given.model, given.tokens, given.repeats)))
         return
-    print("| recipe | KV bytes | peak memory beyond the model's | seconds | of the first |\n"
-          "|---|---:|---:|---:|---:|")
+    print("| recipe | KV bytes | peak of the prefill beyond the model's | seconds | of the first "
+          f"| more at the peak of {STEPS} steps |\n|---|---:|---:|---:|---:|---:|")
     first = None
     for recipe in given.recipes:
         out = subprocess.run([sys.executable, __file__, "--one", "--model", given.model, "--tokens",
@@ -69,7 +81,8 @@ def main() -> None:
         got = json.loads(out.splitlines()[-1])
         first = first or got["seconds"]
         print(f"| `{recipe}` | {got['nbytes']:,} | {got['peak'] / 1e6:.1f} MB | "
-              f"{got['seconds']:.2f} | {got['seconds'] / first:.3f} |", flush=True)
+              f"{got['seconds']:.2f} | {got['seconds'] / first:.3f} | "
+              f"{got['steps'] / 1e6:.1f} MB |", flush=True)
 
 
 if __name__ == "__main__":
