@@ -222,7 +222,8 @@ def drop(heads: Heads, rule: Rule, newest: Tensor, dims: tuple[int, int], dtype:
     safe |= position < first + rule.sinks
     score = torch.where(held & ~safe, score, torch.inf)
     if hasattr(rule.budgeter, "below"):
-        over = rule.budgeter.below(score)
+        score, over = rule.budgeter.below(score, position, newest, limit)
+        over = over.minimum(heads.count - 1)                          # no head is emptied
     if movable(heads.store):
         _tokens(heads, rule, score, position, over, dims, dtype, mover)
     else:

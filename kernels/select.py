@@ -25,7 +25,8 @@ def score(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor, hin
           weight: Tensor | None, angles: Tensor | None, *, rule: str, scale: float,
           softcap: float = 0.0, style: str = "half", ids: Tensor | None = None
           ) -> tuple[Tensor, Tensor]:
-    """How much each token matters: fp32 [B, H, S], -inf for padding; what the budget measures, [B].
+    """How much each token matters: fp32 [B, H, S], -inf for padding; what the budget measures,
+    [B, H].
 
     `hints` is int64 [2]: columns at the end that only look at the others, and tokens of the
     question before them. A row's scores are what the row gets alone.
@@ -33,7 +34,7 @@ def score(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor, hin
     parsed = Rule.parse(rule)
     probe, question = hints[:2].tolist()
     scores = torch.full(k.shape[:3], -torch.inf, device=k.device)
-    measures = torch.zeros(len(k), device=k.device)
+    measures = torch.zeros(k.shape[:2], device=k.device)
     for row, columns, own in _rows(valid, probe):
         if not len(own):
             continue
@@ -42,7 +43,7 @@ def score(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor, hin
                    weight, _angles(angles, row, columns), style,
                    None if ids is None else ids[row, columns], parsed.layer, parsed.layers)
         scores[row][:, own] = parsed.scorer.prompt(x).float()
-        measures[row] = parsed.budgeter.measure(x)
+        measures[row] = torch.as_tensor(parsed.budgeter.measure(x), device=k.device)
     return scores, measures
 
 
@@ -92,7 +93,7 @@ def keep(scores: list[Tensor], measures: list[Tensor], k: list[Tensor], v: list[
         each = [s[row][:, own] for s in scores]
         budgets = [r.budgeter.told(int(hints[2 + row])) if len(hints) > 2 else r.budgeter
                    for r in parsed]
-        chosen = select(parsed, [s.clone() for s in each], [float(m[row]) for m in measures],
+        chosen = select(parsed, [s.clone() for s in each], [float(m[row, 0]) for m in measures],
                         budgets)
         chosen = [[entering(own, rule.salient) for own in s] if rule.salient else heads
                   for rule, s, heads in zip(parsed, each, chosen, strict=True)]

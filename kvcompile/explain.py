@@ -92,7 +92,8 @@ class Report:
             if self.max_length:  # pages for what may follow
                 more = each + self.max_length - tokens
                 if rule.every:
-                    limit = max(rule.budgeter.limit([each] * site.heads, tokens))
+                    limit = max(rule.budgeter.limit([each] * site.heads, tokens,
+                                                    [0.0] * site.heads))
                     more = min(more, limit + max(PAGE, rule.every))
                 each, every = more, site.heads * more
             most.append((each, every))

@@ -118,8 +118,9 @@ class OwnCache(KVCache):
     def store(self, kept: Sequence[Sequence[Tensor]], append: Callable[..., None], tokens: int,
               whole: Sequence[int] = ()) -> None:
         """Store what the layers with a rule keep of a prompt of so many columns (K, V, columns and
-        scores of each, as kvc.keep gives them), by `append`, which is kvc.append's. `whole`: the
-        tokens of each row's prompt, of which these are the first piece."""
+        scores of each, as kvc.keep gives them, and kvc.score's measures), by `append`, which is
+        kvc.append's. `whole`: the tokens of each row's prompt, of which these are the first piece.
+        """
         given = dict(zip((s.layer for s in self._sites if s.rule), kept, strict=True))
         self._prompt = tokens
         for group in (g for g in self.groups if g.site.rule):
@@ -128,13 +129,14 @@ class OwnCache(KVCache):
             counts = torch.stack([(at >= 0).sum(-1) for at in places]).cpu()
             if store.slots:
                 budgets = [Rule.parse(s.rule).budgeter for s in group.sites]
+                measures = [given[s.layer][4].tolist() for s in group.sites]
                 group.plane("limit").copy_(torch.tensor([
-                    [(b.told(m) if whole else b).limit(n, m)
-                     for n, m in zip(own, whole or self._new, strict=True)]
-                    for b, own in zip(budgets, counts.tolist(), strict=True)]))
+                    [(b.told(m) if whole else b).limit(n, m, told)
+                     for n, m, told in zip(own, whole or self._new, each, strict=True)]
+                    for b, own, each in zip(budgets, counts.tolist(), measures, strict=True)]))
             self._reserve(group, counts)
             for slot, (own, at) in enumerate(zip(group.sites, places, strict=True)):
-                k, v, _, scores, *rest = given[own.layer]
+                k, v, _, scores, _, *rest = given[own.layer]
                 ids = self._ids[:, None, :tokens].expand(-1, site.heads, -1).to(at.device).gather(
                     2, at.clamp(min=0).long())
                 append(group.planes, [k], [v], ids, at >= 0, store=str(store), slots=[slot])

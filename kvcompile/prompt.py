@@ -2,8 +2,9 @@
 while decoding, of one head: what it holds."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class Prompt:
     ids       token ids [N], likewise
     layer     number of the layer among the `layers` that the rule is for
     seed      of what is drawn at random; the same for a row in any batch
+    known     what a scorer found and the budget asks of it again
     """
 
     q: Tensor
@@ -42,6 +44,7 @@ class Prompt:
     ids: Tensor | None = None
     layer: int = 0
     layers: int = 1
+    known: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def heads(self) -> int:

@@ -63,8 +63,9 @@ class Budget(Protocol):
     name: ClassVar[str]
     across: ClassVar[bool]
 
-    def measure(self, x: Prompt) -> float:
-        """What the layer's attention says of it; handed to `counts`."""
+    def measure(self, x: Prompt) -> float | Tensor:
+        """What the layer's attention says of it; handed to `counts`. Or of its heads, [H]; handed
+        to `limit`, for what each remembers while decoding."""
         ...
 
     def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:

@@ -30,15 +30,17 @@ class Sized:
     ratio: float = 1.0
     across: ClassVar[bool] = False
 
-    def measure(self, x: Prompt) -> float:
+    def measure(self, x: Prompt) -> float | Tensor:
         return 0.0
 
     def most(self, tokens: int, heads: int) -> tuple[int, int]:
         each = size(self.tokens, self.ratio, tokens)
         return each, heads * each
 
-    def limit(self, counts: Sequence[int], tokens: int) -> list[int]:
-        """What the heads may hold while decoding, after a prompt of which they kept `counts`."""
+    def limit(self, counts: Sequence[int], tokens: int, measures: Sequence[float]
+              ) -> list[int]:
+        """What the heads may hold while decoding, after a prompt of which they kept `counts` and
+        said `measures`."""
         return [self.tokens or max(1, n) for n in counts]
 
 
@@ -67,7 +69,8 @@ class All(Sized):
     def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
         return [[s.shape[1]] * len(s) for s in scores]
 
-    def limit(self, counts: Sequence[int], tokens: int) -> list[int]:
+    def limit(self, counts: Sequence[int], tokens: int, measures: Sequence[float]
+              ) -> list[int]:
         return [UNBOUNDED] * len(counts)
 
 
@@ -165,21 +168,54 @@ class Threshold(Sized):
         return self
 
     def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
-        return [(s.shape[1] - self.below(s)).tolist() for s in scores]
+        return [(s.shape[1] - self._low(s)).tolist() for s in scores]
 
     def most(self, tokens: int, heads: int) -> tuple[int, int]:
         return tokens, heads * tokens
 
-    def limit(self, counts: Sequence[int], tokens: int) -> list[int]:
+    def limit(self, counts: Sequence[int], tokens: int, measures: Sequence[float]
+              ) -> list[int]:
         return [UNBOUNDED] * len(counts)
 
-    def below(self, score: Tensor) -> Tensor:
-        """How many tokens of each head leave, from scores [N, slots]; those that are infinite do
-        not."""
+    def below(self, score: Tensor, position: Tensor, newest: Tensor, limit: Tensor
+              ) -> tuple[Tensor, Tensor]:
+        """Scores [N, slots] by which tokens leave, and how many of each head do; those that are
+        infinite do not. `position` is theirs, `newest` [N] that of the last token."""
+        return score, self._low(score)
+
+    def _low(self, score: Tensor) -> Tensor:
         low = (score < self.at).sum(1)
         if not self.tokens:
             return low
         return low + (score.isfinite().sum(1) - low - self.tokens).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class ByPolicy(Sized):
+    """FastGen: what the policy of a head keeps, which `of`, the scorer, finds in the prompt and
+    knows while decoding. A head's limit tells its number: so much it is below UNBOUNDED."""
+
+    of: Term = Term("policies")
+    name: ClassVar[str] = "policies"
+
+    def measure(self, x: Prompt) -> Tensor:
+        return named("scorer", self.of).policy(x)[0]
+
+    def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
+        return [(s >= 0).sum(1).tolist() for s in scores]
+
+    def most(self, tokens: int, heads: int) -> tuple[int, int]:
+        return tokens, heads * tokens
+
+    def limit(self, counts: Sequence[int], tokens: int, measures: Sequence[float]
+              ) -> list[int]:
+        return [UNBOUNDED - int(m) for m in measures]
+
+    def below(self, score: Tensor, position: Tensor, newest: Tensor, limit: Tensor
+              ) -> tuple[Tensor, Tensor]:
+        stay = named("scorer", self.of).stay(score, position, newest, UNBOUNDED - limit)
+        score = torch.where(stay, torch.inf, score)
+        return score, score.isfinite().sum(1)
 
 
 @dataclass(frozen=True)
@@ -256,8 +292,10 @@ class ByHead(Sized):
         each = [min(n, tokens) for n in self._of(tokens)]
         return max(each), sum(each)
 
-    def limit(self, counts: Sequence[int], tokens: int) -> list[int]:
+    def limit(self, counts: Sequence[int], tokens: int, measures: Sequence[float]
+              ) -> list[int]:
         return self._of(tokens)
 
 
-BUDGETS = (Uniform, All, Pyramid, Pooled, Everywhere, Threshold, WholeChunks, PerPart, ByHead)
+BUDGETS = (Uniform, All, Pyramid, Pooled, Everywhere, Threshold, ByPolicy, WholeChunks, PerPart,
+           ByHead)

@@ -35,7 +35,8 @@ class Lazy(Sized):
     def most(self, tokens: int, heads: int) -> tuple[int, int]:
         return tokens, heads * tokens
 
-    def limit(self, counts: Sequence[int], tokens: int) -> list[int]:
+    def limit(self, counts: Sequence[int], tokens: int, measures: Sequence[float]
+              ) -> list[int]:
         least = self.sinks + self.recent
         return [least if n <= least < tokens else UNBOUNDED for n in counts]
 

@@ -59,6 +59,7 @@ class Chosen:
         parts = [self._call(operator.getitem, every, i) for i in range(4)]
         for i, (site, *_) in enumerate(layers):
             found = self.found[site.layer] = [self._call(operator.getitem, p, i) for p in parts]
+            found.append(measures[i])
             if Rule.parse(site.rule).apart:
                 dropped = self._call(REST, k[i], v[i], found[2], argument(first, "valid"),
                                      self.hints)
@@ -72,8 +73,8 @@ class Chosen:
         return self._call(aten.bitwise_and.Tensor, valid, prompt)
 
     def kept(self) -> list[list[Node]]:
-        """K, V, columns and scores of each layer with a rule, in order; and what kvc.rest says
-        of those that store it."""
+        """K, V, columns, scores and measures of each layer with a rule, in order; and what kvc.rest
+        says of those that store it."""
         for layers in self.waiting.values():
             self._keep(layers)
         return [self.found[layer] for layer in sorted(self.found)]

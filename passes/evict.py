@@ -70,8 +70,8 @@ def _how(node: Node, rule: Rule, store: Store, term: object) -> str:
     if not reasons:
         return "evicts token by token"
     if hasattr(rule.budgeter, "below"):
-        raise RecipeError(f"{term}: layer {layer}: a threshold evicts single tokens, which "
-                          f"{', '.join(reasons)} does not store; use a per-token format")
+        raise RecipeError(f"{term}: layer {layer}: budget {rule.budget.name} evicts single tokens, "
+                          f"which {', '.join(reasons)} does not store; use a per-token format")
     odd = [how.block for how in (store.k, store.v) if PAGE % how.block]
     if odd:
         raise RecipeError(f"{term}: layer {layer}: blocks of {odd[0]} tokens are encoded together "

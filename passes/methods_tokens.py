@@ -43,9 +43,9 @@ def _separators(p: Mapping[str, Any], samples: Samples) -> Axes:
 
 def _fastgen(p: Mapping[str, Any]) -> Axes:
     known = {name: checked_ids("fastgen", name, p[name] or ()) for name in CLASSES}
-    shares = {name: p[name] for name in ("frequent", "local", "recover")}
-    return {"keep.score": term("policies", **known, **shares),
-            "keep.budget": term("threshold", at=0.5)}
+    score = term("policies", **known, **{n: p[n] for n in ("frequent", "local", "recover")})
+    return {"keep.score": score, "keep.budget": term("policies", of=score),
+            "keep.every": p["every"]}
 
 
 CLASSES = ("special", "punctuation")
@@ -75,13 +75,15 @@ METHODS: tuple[Method, ...] = (
         params=(Param("recover", 0.95, minimum=0.0, maximum=1.0,
                       help="share of the prompt's attention that a head's policy must show"),
                 Param("frequent", 0.3, minimum=0.0, maximum=1.0,
-                      help="share of the prompt that heavy hitters take"),
+                      help="share of the tokens so far that heavy hitters take"),
                 Param("local", 0.3, minimum=0.0, maximum=1.0,
                       help="share that the newest tokens take"),
-                ids("special", "special tokens"), ids("punctuation", "punctuation marks")),
+                ids("special", "special tokens"), ids("punctuation", "punctuation marks"),
+                Param("every", 1, minimum=0, help="tokens that leave together while decoding; 0: "
+                      "what follows the prompt is all kept")),
         axes=_fastgen, calibrate=_classes,
         note="each head keeps special tokens; these and punctuation; these and heavy hitters; "
-        "these and the newest; or all: the first that recovers enough. What follows the prompt "
-        "is kept",
+        "these and the newest; or all: the first that recovers enough of the prompt's attention. "
+        "While decoding it goes on so",
     ),
 )

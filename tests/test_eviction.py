@@ -421,7 +421,7 @@ def test_windows_keep_their_own_tokens():
     ("dms(scorer=snapkv)", "window scores whole prompts, not the tokens that follow"),
     ("h2o+protect", "unknown method 'protect'"),
     ("h2o+kivi(residual=96)", "blocks of 96 tokens are encoded together"),
-    ("dms+kivi", "a threshold evicts single tokens"),
+    ("dms+kivi", "budget threshold evicts single tokens"),
     ("lagkv(decode=true, budget=9)", "lagkv: decode=true keeps a share of every part: give ratio="),
     ("duoattention(heads=[[1, 0]])", "was calibrated for 1 layers, but claims 4"),
 ])
@@ -476,7 +476,7 @@ def test_what_is_scored_alone_is_kept_alike_in_pieces(recipe):
     assert torch.equal(a.stored_tokens(1), b.stored_tokens(1)) or "knorm" in recipe
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 29])
+@pytest.mark.parametrize("chunk", slow_but((None, 29), [None, 1, 29]))
 def test_parts_are_cut_when_the_next_one_is_complete(chunk):
     """LagKV: however the tokens come, a head of the first layer holds the same of them."""
     model = kvcompile.optimize(optimized("llama:2"), "lagkv(length=12, ratio=0.4, sinks=3, "
