@@ -191,34 +191,6 @@ class Threshold(Sized):
 
 
 @dataclass(frozen=True)
-class ByPolicy(Sized):
-    """FastGen: what the policy of a head keeps, which `of`, the scorer, finds in the prompt and
-    knows while decoding. A head's limit tells its number: so much it is below UNBOUNDED."""
-
-    of: Term = Term("policies")
-    name: ClassVar[str] = "policies"
-
-    def measure(self, x: Prompt) -> Tensor:
-        return named("scorer", self.of).policy(x)[0]
-
-    def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
-        return [(s >= 0).sum(1).tolist() for s in scores]
-
-    def most(self, tokens: int, heads: int) -> tuple[int, int]:
-        return tokens, heads * tokens
-
-    def limit(self, counts: Sequence[int], tokens: int, measures: Sequence[float]
-              ) -> list[int]:
-        return [UNBOUNDED - int(m) for m in measures]
-
-    def below(self, score: Tensor, position: Tensor, newest: Tensor, limit: Tensor
-              ) -> tuple[Tensor, Tensor]:
-        stay = named("scorer", self.of).stay(score, position, newest, UNBOUNDED - limit)
-        score = torch.where(stay, torch.inf, score)
-        return score, score.isfinite().sum(1)
-
-
-@dataclass(frozen=True)
 class WholeChunks(Sized):
     """ChunkKV: as many whole chunks of `length` tokens as fit; at least one."""
 
@@ -297,5 +269,4 @@ class ByHead(Sized):
         return self._of(tokens)
 
 
-BUDGETS = (Uniform, All, Pyramid, Pooled, Everywhere, Threshold, ByPolicy, WholeChunks, PerPart,
-           ByHead)
+BUDGETS = (Uniform, All, Pyramid, Pooled, Everywhere, Threshold, WholeChunks, PerPart, ByHead)

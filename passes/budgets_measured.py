@@ -1,4 +1,4 @@
-"""Budgets of layers by what their attention is like."""
+"""Budgets of layers, or of heads, by what their attention is like."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from kvcompile.passes.budgets import UNBOUNDED, Sized, size
 from kvcompile.prompt import Prompt
+from kvcompile.recipe import Term
+from kvcompile.rule import named
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,34 @@ class Dense(Sized):
         return tokens, heads * size(self.tokens, self.ratio, tokens)
 
 
+@dataclass(frozen=True)
+class ByPolicy(Sized):
+    """FastGen: what the policy of a head keeps, which `of`, the scorer, finds in the prompt and
+    knows while decoding. A head's limit tells its number: so much it is below UNBOUNDED."""
+
+    of: Term = Term("policies")
+    name: ClassVar[str] = "policies"
+
+    def measure(self, x: Prompt) -> Tensor:
+        return named("scorer", self.of).policy(x)[0]
+
+    def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
+        return [(s >= 0).sum(1).tolist() for s in scores]
+
+    def most(self, tokens: int, heads: int) -> tuple[int, int]:
+        return tokens, heads * tokens
+
+    def limit(self, counts: Sequence[int], tokens: int, measures: Sequence[float]
+              ) -> list[int]:
+        return [UNBOUNDED - int(m) for m in measures]
+
+    def below(self, score: Tensor, position: Tensor, newest: Tensor, limit: Tensor
+              ) -> tuple[Tensor, Tensor]:
+        stay = named("scorer", self.of).stay(score, position, newest, UNBOUNDED - limit)
+        score = torch.where(stay, torch.inf, score)
+        return score, score.isfinite().sum(1)
+
+
 def shares(weights: Sequence[float], mean: int, least: int, most: int) -> list[int]:
     """`mean` * len(weights) tokens in proportion, `least` to each first, `most` at most.
 
@@ -117,4 +147,4 @@ def shares(weights: Sequence[float], mean: int, least: int, most: int) -> list[i
     return out
 
 
-BUDGETS = (Lazy, Cake, Dense)
+BUDGETS = (Lazy, Cake, Dense, ByPolicy)
