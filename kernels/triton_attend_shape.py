@@ -62,7 +62,9 @@ def tile(store: Store, shape: Shape) -> Tile:
     wider = thin * parts <= 2 and not shape.made
     room = 2048 if shape.dtype is torch.float32 else 8192 if wider else 4096
     queries = 1 if shape.one else max(1, min(16, 32 // shape.queries))
-    heavy = many > 4 * parts or store.members > 2 or bool(shape.made and shape.made.basis)
+    turned = any(turns(store, s, shape.dims[SIDES.index(s)]) for s in held)
+    heavy = many > 4 * parts or turned or store.members > 2 or bool(
+        shape.made and shape.made.basis)
     return Tile(min(span, max(16, room // wide)), queries, 8 if heavy else 4)
 
 

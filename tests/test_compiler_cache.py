@@ -11,18 +11,22 @@ from kvcompile import registry
 from kvcompile.backend import template
 from kvcompile.backend.inductor import compile_graph
 from kvcompile.ir import LINEAR
+from kvcompile.rewrite import copy_graph
 
 
 def step(x, w0, w1):
     return (LINEAR(x, [w0, w1], [None, None]),)
 
 
-def compiled() -> dict[str, int]:
-    """How many graphs were found when one is compiled, and how many were not."""
+def compiled(gate: str = "") -> dict[str, int]:
+    """How many graphs were found when a copied one is compiled, and how many were not."""
     counters.clear()
-    given = [torch.ones(1, 32), torch.ones(3, 32), torch.ones(4, 32)]
-    run = compile_graph(torch.fx.symbolic_trace(step), given, [[]] * 3)
-    assert torch.equal(run(*given)[0], torch.full((1, 7), 32.0))
+    given = [torch.ones(1, 32), torch.ones(4, 32), torch.ones(4, 32)]
+    gm = copy_graph(torch.fx.symbolic_trace(step))
+    node = next(n for n in gm.graph.nodes if n.target is LINEAR)
+    node.kwargs = {"gate": gate}
+    got, *_ = compile_graph(gm, given, [[]] * 3)(*given)
+    torch.testing.assert_close(got, LINEAR(given[0], given[1:], [None, None], gate=gate))
     found = counters["inductor"]
     return {what: found[f"fxgraph_cache_{what}"] for what in ("hit", "miss", "bypass")}
 
@@ -31,6 +35,7 @@ def test_compiled_graphs_are_found_again_unless_a_text_changed(monkeypatch):
     with fresh_cache(), torch.no_grad():
         assert compiled() == {"hit": 0, "miss": 1, "bypass": 0}
         assert compiled() == {"hit": 1, "miss": 0, "bypass": 0}
+        assert compiled("silu") == {"hit": 0, "miss": 1, "bypass": 0}  # another option of an op
         monkeypatch.setattr(template, "digest", lambda: "other text")
         assert compiled() == {"hit": 0, "miss": 1, "bypass": 0}
 
