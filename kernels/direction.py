@@ -62,6 +62,8 @@ class Direction(Wrapper):
         a, b = x.float().unflatten(-2, (-1, PAGE)).chunk(2, -1)     # [..., n, 128, D]
         lengths = [total(v * v).double().sqrt().float() for v in (a, b)]  # torch rounds fp32 oddly
         a, b = (v / torch.where(n == 0, 1, n) for v, n in zip((a, b), lengths, strict=True))
+        none = [n == 0 for n in lengths]  # zeros have no direction: the other's is the pair's
+        a, b = torch.where(none[0], b, a), torch.where(none[1], a, b)
         cosine = total(a * b).clamp(-1, 1)
         first, second = self._shares(cosine)
         e, dim = (first * a + second * b).flatten(-3, -2), a.shape[-1]

@@ -11,14 +11,17 @@ template <class Inner, class Reader, int D, int N, class T, uint64_t BETWEEN> st
         float (*e)[D] = (float (*)[D])room.data();
         Reader reader(plane, page);
         half* length = const_cast<half*>(reader.length);
-        float cosine[PAGE], unit[2][D], square[D];
+        float cosine[PAGE], unit[2][D], norm[2], square[D];
         for (int i = 0; i < n; i++) {
             for (int m = 0; m < 2; m++) {
                 for (int d = 0; d < D; d++) square[d] = x[i][m * D + d] * x[i][m * D + d];
-                float norm = std::sqrt(total(square, D));
-                length[m * PAGE + i] = as_half(norm);
-                if (norm == 0.0f) norm = 1.0f;
-                for (int d = 0; d < D; d++) unit[m][d] = x[i][m * D + d] / norm;
+                norm[m] = std::sqrt(total(square, D));
+                length[m * PAGE + i] = as_half(norm[m]);
+            }
+            for (int m = 0; m < 2; m++) {
+                const int own = norm[m] == 0.0f ? 1 - m : m;  // zeros have no direction
+                const float by = norm[own] == 0.0f ? 1.0f : norm[own];
+                for (int d = 0; d < D; d++) unit[m][d] = x[i][own * D + d] / by;
             }
             for (int d = 0; d < D; d++) square[d] = unit[0][d] * unit[1][d];
             cosine[i] = std::min(std::max(total(square, D), -1.0f), 1.0f);

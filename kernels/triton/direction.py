@@ -86,9 +86,17 @@ def unit(x, size):
 
 
 @triton.jit
+def units(a, b, first, second):
+    """a and b in units of their lengths; zeros have no direction and get the other's."""
+    u, v = unit(a, first), unit(b, second)
+    return tl.where((first == 0.0)[:, None], v, u), tl.where((second == 0.0)[:, None], u, v)
+
+
+@triton.jit
 def cosine_between(a, b, N: tl.constexpr, DP: tl.constexpr):
     """The cosines [N] of the angles between a's and b's tokens."""
-    cosine = across(unit(a, size_of(a, N, DP)) * unit(b, size_of(b, N, DP)), N, DP)
+    u, v = units(a, b, size_of(a, N, DP), size_of(b, N, DP))
+    cosine = across(u * v, N, DP)
     return tl.minimum(tl.maximum(cosine, -1.0), 1.0)
 
 
@@ -130,4 +138,5 @@ def direction_of(a, b, cosines, part, length, place, exact, page, keep, N: tl.co
     tl.store(row, a.to(exact.dtype.element_ty), mask=mine[:, None] & (c < D))
     tl.store(row + KEPT * D, b.to(exact.dtype.element_ty), mask=mine[:, None] & (c < D))
     u, v = between(own, T, FLAT)
-    return u[:, None] * unit(a, first) + v[:, None] * unit(b, second)
+    a, b = units(a, b, first, second)
+    return u[:, None] * a + v[:, None] * b
