@@ -89,7 +89,8 @@ class Machine(RuleBasedStateMachine):
         where = at.clamp(min=0).long()
         gathered = [x.gather(2, where[..., None].expand(-1, -1, -1, DIM)) for x in (k, v)]
         self.cache.begin(valid, positions)
-        self.cache.store([(*gathered, at, -gathered[0].norm(dim=-1))], APPEND, tokens)
+        said = torch.ones(batch, HEADS)      # what a budget by policy would read
+        self.cache.store([(*gathered, at, -gathered[0].norm(dim=-1), said)], APPEND, tokens)
         self.cache.commit(tokens)
 
     @rule(tokens=st.sampled_from([1, 1, 1, 2, 12]), times=st.integers(1, 12))
