@@ -11,7 +11,7 @@ import kvcompile
 import kvcompile.engine
 
 LLAMA = "llama:2"  # two layers: these tests compile a lot
-ALIKE = ("kivi(bits=2)", "fp8")  # steps like those of other recipes, with other readers
+ALIKE = ("kivi(bits=2)", "fp8", "int8", "streamingllm(sinks=4, window=32)")  # other readers alone
 
 
 @pytest.mark.parametrize("recipe", [pytest.param(x, marks=pytest.mark.slow) if x in ALIKE else x
