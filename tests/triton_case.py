@@ -162,6 +162,9 @@ def stored_alike(store, steps=(171, 1, 7), dims=(32, 32), dtype=torch.float32, h
     for tokens in steps:
         k, v = ([torch.randn(rows, heads, tokens, d, generator=g).to(dtype)
                  for _ in range(len(slots) * parsed.members)] for d in dims)
+        for i, x in enumerate([*k, *v]):  # zeros, of one of two members and of both
+            x[..., 3 + i % 2 :: 7, :] = 0
+            x[..., 5::7, :] = 0
         v = [x[..., : dims[1]] for x in k] if parsed.v_in_k else v
         valid = torch.rand(rows, *[heads] * own, tokens, generator=g) > 0.2
         if tokens == 1:
