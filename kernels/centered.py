@@ -67,8 +67,7 @@ class Centered(Wrapper):
     def triton_writer(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]
                       ) -> list[str]:
         """Statements that store the tile `x`."""
-        return [f"x = center({planes[-1]}, page, at, keep, x, N, {dim}, DP, "
-                f"{self.step})",
+        return [f"x = center({planes[-1]}, page, at, keep, x, N, {dim}, DP, {self.step})",
                 *self.inner_triton_writer(dim, dtype, side, planes[:-1])]
 
     def triton_pieces(self, dim: int, side: Side) -> tuple[int, list[int]]:

@@ -72,8 +72,8 @@ class Scaled(Wrapper):
     def triton_writer(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]
                       ) -> list[str]:
         """Statements that store the tile `x`."""
-        return [f"x = scale_down({planes[-1]}, page, at, keep, x, N, {dim}, DP, "
-                f"{self.step})",
+        given = f"{planes[-1]}, page, at, keep, x, N, {dim}, DP, {self.step}"
+        return [f"x = scale_down({given})",
                 *self.inner_triton_writer(dim, dtype, side, planes[:-1])]
 
     def triton_pieces(self, dim: int, side: Side) -> tuple[int, list[int]]:

@@ -32,9 +32,13 @@ def module(folder: str, name: str) -> Any:
     return importlib.import_module(f"kvcompile.{folder}.{name}")
 
 
+SOURCES = (".py", ".h", ".hpp", ".cpp")
+
+
 @cache
 def digest() -> str:
-    """A hash of every text that kernels may be printed from: this package and what extends it."""
+    """A hash of every text that kernels may be printed from: the sources of this package and of the
+    packages that extend it."""
     found = sha256()
     for file in sorted(set(_sources())):
         found.update(file.read_bytes())
@@ -46,10 +50,11 @@ def _sources() -> Iterator[Path]:
              if group.startswith("kvcompile.") for entry in entry_points(group=group)}
     for name in ("kvcompile", "kvcompile.passes", "kvcompile.kernels", "kvcompile.models", *names):
         spec = find_spec(name)
-        assert spec is not None
-        if spec.submodule_search_locations is None:
-            yield Path(spec.origin or "")
+        if spec is None:                 # loading the entry point says so
+            continue
+        if spec.origin and not spec.submodule_search_locations:
+            yield Path(spec.origin)
             continue
         folders = [Path(spec.origin).parent] if spec.origin else spec.submodule_search_locations
-        for folder in map(Path, folders):
-            yield from (file for file in folder.rglob("*") if file.suffix in (".py", ".h"))
+        for folder in map(Path, folders or ()):
+            yield from (file for file in folder.rglob("*") if file.suffix in SOURCES)

@@ -54,12 +54,13 @@ def found() -> Callable[..., Mask | str]:
     return classify
 
 
-def is_mask(mask: Mask | str, window: int = 0, padding: bool = False) -> None:
+def is_mask(mask: Mask | str, window: int = 0, padding: bool = False) -> Mask:
     assert isinstance(mask, Mask), mask
     assert mask.window == window
     assert (mask.padding is not None) == padding
     if mask.padding is not None:
         assert mask.padding.name == "padding"
+    return mask
 
 
 def token(ids: Tensor) -> Tensor:
@@ -119,20 +120,20 @@ OTHERS: dict[str, tuple[Callable[..., Tensor]]] = {
 @pytest.mark.parametrize("name", SEEN)
 def test_masks_are_known_in_every_form(name: str, found: Found) -> None:
     _, window, padding = SEEN[name]
-    is_mask(found(name, "see"), window, padding)
+    assert is_mask(found(name, "see"), window, padding)
 
 
 def test_booleans_and_additive_masks(found: Found) -> None:
-    is_mask(found("triu", "hide"))
+    assert is_mask(found("triu", "hide"))
     for name in OTHERS:
         if name.startswith("tril"):
-            is_mask(found(name, "add"))
+            assert is_mask(found(name, "add"))
 
 
 def test_is_causal_with_another_mask(found: Found) -> None:
-    is_mask(found("padding only", "see", causal=True), 0, True)
-    is_mask(found("window only", "add", causal=True), 8)
-    is_mask(found("window of 2047", "see", causal=True), 2047)
+    assert is_mask(found("padding only", "see", causal=True), 0, True)
+    assert is_mask(found("window only", "add", causal=True), 8)
+    assert is_mask(found("window of 2047", "see", causal=True), 2047)
 
 
 def alibi(ids: Tensor) -> Tensor:

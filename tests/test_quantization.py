@@ -44,11 +44,13 @@ def minmax(x, bits, dim, low=None, high=None):
 
 
 def close(got, want, step):
-    """Equal but for the rounding of scales, which moves a few numbers by a whole step."""
+    """Equal but for the rounding of scales, which moves a few numbers by a whole step: the numbers
+    compared."""
     error = (got - want).abs()
     most = want.abs().amax((-1, -2), keepdim=True)
     assert (error <= step * (1 + 2 * F16) + 8 * F16 * most).all()
     assert (error > 8 * F16 * most).float().mean() < 0.02
+    return got.numel()
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -56,9 +58,9 @@ def test_kivi(bits):
     x = data()
     k, v = both(f"kivi(bits={bits}, group=32, residual=0)", x)
     want, step = minmax(x.unflatten(-2, (-1, 32)), bits, -2)
-    close(k, want.flatten(-3, -2), step.expand_as(want).flatten(-3, -2))
+    assert close(k, want.flatten(-3, -2), step.expand_as(want).flatten(-3, -2))
     want, step = minmax(x.unflatten(-1, (-1, 32)), bits, -1)
-    close(v, want.flatten(-2), step.expand_as(want).flatten(-2))
+    assert close(v, want.flatten(-2), step.expand_as(want).flatten(-2))
 
 
 def test_nf4():
@@ -69,7 +71,7 @@ def test_nf4():
     peak = x.abs().amax(-1, keepdim=True)
     want = table[((x / peak)[..., None] - table).abs().argmin(-1)] * peak
     for got in both("nf4(group=32)", data()):
-        close(got, want.flatten(-2), (peak * 0.31).expand_as(x).flatten(-2))
+        assert close(got, want.flatten(-2), (peak * 0.31).expand_as(x).flatten(-2))
 
 
 def hadamard(n):
@@ -130,11 +132,11 @@ def test_zipcache():
     x = data()
     k, v = both("zipcache(bits=4, low=4)", x)
     want, step = minmax(x.unflatten(-2, (-1, 128)), 4, -2)
-    close(k, want.flatten(-3, -2), step.expand_as(want).flatten(-3, -2))
+    assert close(k, want.flatten(-3, -2), step.expand_as(want).flatten(-3, -2))
     c = x.unflatten(-2, (-1, 128)).abs().amax(-2, keepdim=True).sqrt()
     c = c.expand(-1, -1, 128, -1).flatten(-3, -2)
     want, step = minmax(x / c, 4, -1)
-    close(v, want * c, step * c)
+    assert close(v, want * c, step * c)
     assert torch.equal(both("zipcache(bits=4, low=4, keys=token)", x)[0], v)
 
 
@@ -152,7 +154,7 @@ def test_kvquant():
         middle, half = (low + high) / 2, (high - low) / 2
         near = table[(((dense - middle) / half)[..., None] - table).abs().argmin(-1)]
         want = torch.where(out, rest, near * half + middle)
-        close(got[:, 1:], want.flatten(-3, -2), half.expand_as(rest).flatten(-3, -2) * 0.6)
+        assert close(got[:, 1:], want.flatten(-3, -2), half.expand_as(rest).flatten(-3, -2) * 0.6)
 
 
 def test_kmeans_finds_the_best_clusters():

@@ -30,9 +30,11 @@ VOCAB, WIDTH, HEADS, DIM = 128, 32, 4, 8
 EPS = torch.finfo(torch.float32).eps
 
 
-def close(got: Tensor, want: Tensor) -> None:
-    """Equal up to the rounding of a few hundred fp32 operations on the logits' scale."""
+def close(got: Tensor, want: Tensor) -> int:
+    """Equal up to the rounding of a few hundred fp32 operations on the logits' scale: the numbers
+    compared."""
     assert (got - want).abs().max() <= 64 * EPS * (1 + want.abs().max())
+    return got.numel()
 
 
 def text(batch: int, tokens: int, pads: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,9 +89,9 @@ def test_the_decoder_in_every_variant(name: str) -> None:
             ids, positions, valid = text(2, tokens, pads)
             want = model(ids, positions, valid)[valid]
             every = gm(ids, positions, valid, torch.arange(tokens))
-            close(every[valid], want)
+            assert close(every[valid], want)
             keep = torch.tensor([tokens - 1, tokens // 2])
-            close(gm(ids, positions, valid, keep), every[:, keep])
+            assert close(gm(ids, positions, valid, keep), every[:, keep])
     assert dict(gm.named_parameters())[_name(gm, model)] is model.head.weight  # shared, not copied
 
 
@@ -260,7 +262,7 @@ def test_every_spelling_gives_the_same_node() -> None:
     with torch.no_grad():
         for tokens in (1, 7, 33):
             ids, positions, valid = text(2, tokens)
-            close(gm(ids, positions, valid, torch.arange(tokens)), model(ids, positions)[0])
+            assert close(gm(ids, positions, valid, torch.arange(tokens)), model(ids, positions)[0])
 
 
 # --- refusals ----------------------------------------------------------------------------------
@@ -435,11 +437,11 @@ def test_positions_of_the_module_follow_position_ids() -> None:
             ids, positions, valid = text(2, tokens, pads)
             got = gm(ids, positions, valid, torch.arange(tokens))
             for row in range(2):  # a row alone, without its padding
-                close(got[row][valid[row]], model(ids[row : row + 1, valid[row]])[0][0])
+                assert close(got[row][valid[row]], model(ids[row : row + 1, valid[row]])[0][0])
         model.last = True
         ids, positions, valid = text(2, 9)
         last = export_module(model)(ids, positions, valid, torch.arange(9))
-        close(last, gm(ids, positions, valid, torch.arange(9)))
+        assert close(last, gm(ids, positions, valid, torch.arange(9)))
 
 
 @pytest.mark.slow
@@ -456,7 +458,7 @@ def test_captured_modules_decode_what_they_compute() -> None:
             want = gm(ids, positions, valid, torch.arange(12))
             got = [engine.run(cache, *(x[:, a:b] for x in (ids, positions, valid)),
                               torch.arange(b - a)) for a, b in ((0, 7), (7, 8), (8, 9), (9, 12))]
-        close(torch.cat(got, 1)[valid], want[valid])
+        assert close(torch.cat(got, 1)[valid], want[valid])
 
 
 # --- Hugging Face models with their own masks --------------------------------------------------
@@ -504,7 +506,7 @@ def test_hugging_face_masks_are_recognized(name: str) -> None:
         for tokens, pads in LENGTHS:
             ids, positions, valid = text(2, tokens, pads)
             want = model(ids, positions, valid.long())[valid]
-            close(gm(ids, positions, valid.long())[valid], want)
+            assert close(gm(ids, positions, valid.long())[valid], want)
 
 
 # --- graphs as Dynamo and AOTAutograd make them ------------------------------------------------
@@ -548,7 +550,7 @@ def test_graphs_of_aot_autograd(attention: str) -> None:
                         for i in range(2)]
     assert [s["heads"] for s in sites(gm)] == [[(4, 16), (2, 16), (2, 16)]] * 2
     with torch.no_grad():
-        close(gm(*args)[0][valid], model(ids, positions, valid)[valid])
+        assert close(gm(*args)[0][valid], model(ids, positions, valid)[valid])
 
 
 def test_a_graph_with_fixed_sizes() -> None:
@@ -558,4 +560,4 @@ def test_a_graph_with_fixed_sizes() -> None:
     assert [s["window"] for s in sites(gm)] == [0, 5]
     with torch.no_grad():
         ids, positions, _ = text(2, 16)
-        close(gm(ids, positions)[0], model(ids, positions)[0])
+        assert close(gm(ids, positions)[0], model(ids, positions)[0])

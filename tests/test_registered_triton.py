@@ -9,10 +9,10 @@ SLOW = f"method and ({' or '.join(LONG)})"
 
 @needs_triton
 def test_laws():
-    interpret("-k", f"registered and not ({SLOW})")
+    assert interpret("-k", f"registered and not ({SLOW})")
 
 
 @needs_triton
 @pytest.mark.slow
 def test_laws_of_methods_that_take_long():
-    interpret("-k", f"registered and {SLOW}")
+    assert interpret("-k", f"registered and {SLOW}")

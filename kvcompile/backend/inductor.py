@@ -45,6 +45,7 @@ from kvcompile.backend.regions import outline
 from kvcompile.backend.template import cache_key
 from kvcompile.errors import KVCompileError
 from kvcompile.ir import INLINED
+from kvcompile.structure.lazy import LazyGraphModule
 
 
 def compile_graph(gm: GraphModule, inputs: Sequence[Tensor],
@@ -119,6 +120,8 @@ def compile_dynamo(gm: GraphModule, inputs: Sequence) -> Callable:
 
 
 def _compile(gm: GraphModule, inputs: Sequence, **settings: bool) -> Callable:
+    if isinstance(gm, LazyGraphModule):  # its text is in the key of Inductor's caches
+        gm = GraphModule(gm, gm.graph)
     _vectors().join()
     decompositions.update(INLINED)  # `decompositions=` would keep Inductor from using its cache
     return cast(Callable, compile_fx(gm, list(inputs), config_patches=cache_key() | settings))

@@ -20,10 +20,6 @@ class LazyGraphModule(GraphModule):
         self.__dict__.pop("_code", None)
         return PythonCode("", {}, None)
 
-    def _real_recompile(self) -> PythonCode:
-        """What torch (2.13) calls where a lazy graph's text is the key of a cache."""
-        return super().recompile()
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         super().recompile()
         return self.forward(*args, **kwargs)
