@@ -1,10 +1,4 @@
 // Linears of one row: each weight is read once, where it lies, and sums are fp32.
-#if defined(__GNUC__)
-#define KVC_PREFETCH(p) __builtin_prefetch(p)
-#else
-#define KVC_PREFETCH(p)
-#endif
-
 namespace kvc {
 
 // Operands of products summed in fp32; bf16 pairs where the machine multiplies those itself.
@@ -28,17 +22,17 @@ template <class T> inline auto part(const T* p, long n) {
     return Lanes<T>::some(x);
 }
 
-// out[r] = w[r] . x for R rows of w; what comes 8 KB later in memory is asked for meanwhile.
+// out[r] = w[r] . x for R rows of w; what comes 16 KiB later is fetched meanwhile.
 template <int R, class T> inline void rows(const T* w, long stride, const T* x, long K, float* out) {
     using L = Lanes<T>;
-    constexpr long width = L::width, line = 64 / sizeof(T), ahead = 8192 / sizeof(T);
+    constexpr long width = L::width, line = 64 / sizeof(T), ahead = 16384;
     constexpr long block = width > line ? width : line;
     vf sums[R];
     for (int r = 0; r < R; r++) sums[r] = set(0.0f);
     long k = 0;
     for (; k + block <= K; k += block) {
         for (int r = 0; r < R; r++)
-            for (long i = 0; i < block; i += line) KVC_PREFETCH(w + r * stride + k + i + ahead);
+            for (long i = 0; i < block; i += line) fetch(w + r * stride + k + i, ahead);
         for (long i = 0; i < block; i += width) {
             auto a = L::some(x + k + i);
             for (int r = 0; r < R; r++) sums[r] = L::dot(sums[r], a, L::some(w + r * stride + k + i));
