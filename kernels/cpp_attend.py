@@ -16,8 +16,9 @@ from kvcompile.kernels.rebuild import Made
 from kvcompile.store import SIDES, Store
 
 FOLDER = Path(__file__).parent / "cpp"
-READERS = tuple(FOLDER / f"{name}.h" for name in (
-    "vector", "coded", "dense", "latent", "wrapper", "direction", "subspace", "tier"))
+VECTORS = tuple(FOLDER / f"{name}.h" for name in ("vector", "avx512", "halves", "numbers"))
+READERS = (*VECTORS, *(FOLDER / f"{name}.h" for name in (
+    "coded", "dense", "latent", "wrapper", "direction", "subspace", "tier")))
 FILES = (*READERS, FOLDER / "rebuild.h", FOLDER / "attend.h")
 TIERS = ("sinks", "body", "recent")
 MOST = 1024  # channels of a head

@@ -6,12 +6,12 @@ from math import prod
 import torch
 
 from kvcompile.format import PAGE
-from kvcompile.kernels.cpp_attend import FOLDER
+from kvcompile.kernels.cpp_attend import FOLDER, VECTORS
 from kvcompile.kernels.evict import alike, movable, tables
 from kvcompile.rule import Rule
 from kvcompile.store import Store
 
-FILES = (FOLDER / "vector.h", FOLDER / "evict.h")
+FILES = (*VECTORS, FOLDER / "evict.h")
 
 
 def unsupported(store: Store, rules: Sequence[str]) -> str | None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvcompile.ir import body
-from kvcompile.kernels.cpp_attend import FOLDER, number
+from kvcompile.kernels.cpp_attend import FOLDER, VECTORS, number
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu, "gelu": F.gelu, "tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
@@ -30,7 +30,7 @@ def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], *, gat
     return GATES[gate](parts[0]) * parts[1] if gate else torch.cat(parts, -1)
 
 
-FILES = tuple(FOLDER / name for name in ("vector.h", "linear.h"))
+FILES = (*VECTORS, FOLDER / "linear.h")
 
 
 @cache

@@ -119,12 +119,13 @@ def test_a_later_turn(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("held_back", ["KVC_HALVES", "KVC_PORTABLE"])
 @pytest.mark.parametrize("name", ["bf16", "kivi4", "kivi2-80"])
-def test_other_machines(name, monkeypatch):
-    """The text for machines without AVX-512 gives the same."""
-    text = ("#define KVC_PORTABLE\n", *cpp_blockwise.headers())
+def test_other_machines(name, held_back, monkeypatch):
+    """The texts for machines with AVX2 alone, and for any other, give the same."""
+    text = (f"#define {held_back}\n", *cpp_blockwise.headers())
     monkeypatch.setattr(cpp_blockwise, "headers", lambda: text)
-    monkeypatch.setattr(template, "digest", lambda: "without AVX-512")  # a key of its own
+    monkeypatch.setattr(template, "digest", lambda: held_back)  # a key of its own
     Prompt(**QUICK[name], tokens=70).check()
 
 

@@ -261,13 +261,15 @@ def test_the_attention_mass_of_each_token(name):
     assert (total - case.shape.queries).abs().max() <= 1e-4 * case.shape.queries
 
 
-@pytest.mark.parametrize("name", ["kivi4", "bf16-symmetric", *(
-    pytest.param(n, marks=pytest.mark.slow) for n in ("fp8", "nf4", "fp16"))])
-def test_other_machines(name, monkeypatch):
-    """The text for machines without AVX-512 gives the same."""
-    text = ("#define KVC_PORTABLE\n", *cpp_attend.headers())
+@pytest.mark.parametrize("held_back", ["KVC_HALVES", "KVC_PORTABLE"])
+@pytest.mark.parametrize("name", [
+    pytest.param(n, marks=() if n in ("kivi4", "bf16-symmetric") else pytest.mark.slow)
+    for n in QUICK])
+def test_other_machines(name, held_back, monkeypatch):
+    """The texts for machines with AVX2 alone, and for any other, give the same."""
+    text = (f"#define {held_back}\n", *cpp_attend.headers())
     monkeypatch.setattr(cpp_attend, "headers", lambda: text)
-    monkeypatch.setattr(template, "digest", lambda: "without AVX-512")  # a key of its own
+    monkeypatch.setattr(template, "digest", lambda: held_back)  # a key of its own
     Case(**QUICK[name]).check()
 
 
@@ -350,3 +352,12 @@ def test_appending_stores_the_same_bits(text, dtype):
     for spec, a, b in zip(both[0].specs, both[0].planes, both[1].planes, strict=True):
         assert torch.equal(a, b), spec.name
     assert both[0].planes[0][0, :, 0].tolist() == [200, 300, 37]
+
+
+@pytest.mark.parametrize("held_back, text", [
+    pytest.param(held_back, text, marks=() if text == APPENDED[0] else pytest.mark.slow)
+    for held_back in ("KVC_HALVES", "KVC_PORTABLE") for text in APPENDED if isinstance(text, str)])
+def test_other_machines_store_the_same_bits(held_back, text, monkeypatch):
+    own = (f"#define {held_back}\n", *cpp_append.headers())
+    monkeypatch.setattr(cpp_append, "headers", lambda: own)
+    test_appending_stores_the_same_bits(text, torch.bfloat16)

@@ -17,7 +17,7 @@ UNIT = torch.finfo(torch.float32).eps
 SIZES = ([1, 1, 1, 1], [5, 2, 9, 3], [33, 17, 1, 130], [64, 96, 32, 96], [40, 24, 31, 1000])
 FORMS = [pytest.param(dtype, hold_back, marks=[pytest.mark.slow] * (dtype is torch.float16))
          for dtype in (torch.float32, torch.bfloat16, torch.float16)
-         for hold_back in ("", "KVC_NO_PAIRS", "KVC_PORTABLE")
+         for hold_back in ("", "KVC_NO_PAIRS", "KVC_HALVES", "KVC_PORTABLE")
          if hold_back != "KVC_NO_PAIRS" or dtype is torch.bfloat16]
 
 

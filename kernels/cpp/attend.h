@@ -208,12 +208,13 @@ inline void rows(const typename C::Tiers& tiers, const Span<C>& at, long place, 
         if (v < to) add_values<typename C::VRecent, R, C::ROUGH>(tiers.v_recent, id(tiers.v_recent, C::V_RECENT_RING), x, share, v, to, !cut, s.o + ROW);
 }
 
-// At most 8 queries share a decoded vector: more would spill registers.
+// Only so many queries share a decoded vector: more would spill registers.
+constexpr int QUERIES = KVC_AVX512 ? 8 : 4;
 template <class C, int ROW = 0>
 inline void block_of(const typename C::Tiers& tiers, const Span<C>& at, long place, long block, bool sinks,
                      const Queries<C>& query, State<C>& s, const Mass<C>& mass, const Making<C>& making) {
     if constexpr (ROW < C::G) {
-        constexpr int chunks = (C::G + 7) / 8, most = (C::G + chunks - 1) / chunks;
+        constexpr int chunks = (C::G + QUERIES - 1) / QUERIES, most = (C::G + chunks - 1) / chunks;
         constexpr int r = C::G - ROW < most ? C::G - ROW : most;
         rows<C, r, ROW>(tiers, at, place, block, sinks, query, s, mass, making);
         block_of<C, ROW + r>(tiers, at, place, block, sinks, query, s, mass, making);

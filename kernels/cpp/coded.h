@@ -12,6 +12,7 @@ template <class Reader> inline void look_ahead(Reader& reader, long pages) {
 }
 
 constexpr int WIDE = KVC_AVX512 ? 4 : 1;  // token groups or tiles that are worked on abreast
+constexpr int SUMS = KVC_AVX512 ? 16 : 4;  // vectors of sums that registers have room for
 enum Axis { channel_axis, token_axis };
 
 template <int BITS, int OFFSET> struct Whole {
@@ -24,7 +25,7 @@ template <int BITS, int OFFSET> struct Whole {
         table = load(x);
     }
     template <int SHIFT> vf at(vi word) const {  // the field SHIFT bits up in every lane
-        if constexpr (BITS <= 4 && KVC_AVX512) return lookup(table, shift<SHIFT>(word));
+        if constexpr (BITS <= 4 && (KVC_AVX512 || KVC_AVX2)) return lookup(table, shift<SHIFT>(word));
         vf x = number(SHIFT + BITS == 32 ? shift<SHIFT>(word) : mask(shift<SHIFT>(word), (1 << BITS) - 1));
         return OFFSET ? x - set((float)OFFSET) : x;
     }
@@ -67,13 +68,8 @@ template <int EXPONENT> struct Float8 {  // e4m3 or e5m2
         vf least = set(as_float((128 - bias) << 23));         // the smallest normal number
         vf tiny = set(as_float((127 - bias) << 23));
         x = below(x, least, (x - tiny) * set(2.0f), x);       // subnormal: no implicit one
-        return kvc::bits(either((vi)x_bits(x), shift_left(mask(w, 0x80), 24)));
+        return kvc::bits(either(as_int(x), shift_left(mask(w, 0x80), 24)));
     }
-#if KVC_AVX512
-    static vi x_bits(vf x) { return _mm512_castps_si512(x); }
-#else
-    static vi x_bits(vf x) { return (vi)x; }
-#endif
 };
 
 // body(0), .., body(N - 1). Arrays that are indexed by these numbers alone become registers, if
@@ -352,31 +348,32 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedV
     static constexpr int group_of(int channel) { return GROUPS == 1 ? 0 : channel / GROUP; }
 
     // o[r] += share[r] times the sum over token quads [first, last) of p v, for the channels of N tiles
-    template <int R, int N, int tile, bool REMAINDER, bool ROUGH>
+    // that lie in FS fields of a byte from field F0 on
+    template <int R, int N, int tile, bool REMAINDER, bool ROUGH, int F0, int FS>
     void tiles_of(const Weights<R>& weights, const float* share, int first, int last, float (*o)[D]) const {
         constexpr int lanes = REMAINDER ? REST : 16;
-        vf acc[N * F][R];
+        vf acc[N * FS][R];
         if constexpr (ROUGH && V::whole && KVC_INTEGER) {
 #if KVC_INTEGER
-            vi whole[N * F][R];
-            unroll<N * F>([&](auto i) ALWAYS { unroll<R>([&](auto r) ALWAYS { whole[i][r] = zero(); }); });
+            vi whole[N * FS][R];
+            unroll<N * FS>([&](auto i) ALWAYS { unroll<R>([&](auto r) ALWAYS { whole[i][r] = zero(); }); });
             for (int quad = first; quad < last; quad++) {
                 vi word[N];
                 unroll<N>([&](auto i) ALWAYS { word[i] = codes_at<REMAINDER>(quad, tile + i); });
                 unroll<2>([&](auto c) ALWAYS {
                     unroll<N>([&](auto i) ALWAYS {
-                        unroll<F>([&](auto f) ALWAYS {
-                            vi v = field<8 * c + V::bits * f, V::bits>(word[i]);
-                            constexpr int group = group_of((tile + i) * TILE + f * lanes);
+                        unroll<FS>([&](auto f) ALWAYS {
+                            vi v = field<8 * c + V::bits * (F0 + f), V::bits>(word[i]);
+                            constexpr int group = group_of((tile + i) * TILE + (F0 + f) * lanes);
                             unroll<R>([&](auto r) ALWAYS {
-                                whole[i * F + f][r] = dot(whole[i * F + f][r], v, set_int(weights.whole[group][r][quad * 2 + c]));
+                                whole[i * FS + f][r] = dot(whole[i * FS + f][r], v, set_int(weights.whole[group][r][quad * 2 + c]));
                             });
                         });
                     });
                 });
             }
-            unroll<N * F>([&](auto i) ALWAYS {
-                constexpr int group = group_of((tile + i / F) * TILE + i % F * lanes);
+            unroll<N * FS>([&](auto i) ALWAYS {
+                constexpr int group = group_of((tile + i / FS) * TILE + (F0 + i % FS) * lanes);
                 unroll<R>([&](auto r) ALWAYS {
                     acc[i][r] = number(whole[i][r]) * set(weights.unit[group]);
                     if constexpr (V::offset != 0) acc[i][r] = acc[i][r] - set(weights.shift[group][r]);
@@ -384,26 +381,26 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedV
             });
 #endif
         } else {
-            unroll<N * F>([&](auto i) ALWAYS { unroll<R>([&](auto r) ALWAYS { acc[i][r] = set(0.0f); }); });
+            unroll<N * FS>([&](auto i) ALWAYS { unroll<R>([&](auto r) ALWAYS { acc[i][r] = set(0.0f); }); });
             for (int quad = first; quad < last; quad++) {
                 vi word[N];
                 unroll<N>([&](auto i) ALWAYS { word[i] = codes_at<REMAINDER>(quad, tile + i); });
                 unroll<4>([&](auto c) ALWAYS {
                     unroll<N>([&](auto i) ALWAYS {
-                        unroll<F>([&](auto f) ALWAYS {
-                            vf v = values.template at<8 * c + V::bits * f>(word[i]);
-                            constexpr int group = group_of((tile + i) * TILE + f * lanes);
+                        unroll<FS>([&](auto f) ALWAYS {
+                            vf v = values.template at<8 * c + V::bits * (F0 + f)>(word[i]);
+                            constexpr int group = group_of((tile + i) * TILE + (F0 + f) * lanes);
                             unroll<R>([&](auto r) ALWAYS {
-                                acc[i * F + f][r] = fma(set(weights.p[group][r][quad * 4 + c]), v, acc[i * F + f][r]);
+                                acc[i * FS + f][r] = fma(set(weights.p[group][r][quad * 4 + c]), v, acc[i * FS + f][r]);
                             });
                         });
                     });
                 });
             }
         }
-        unroll<N * F>([&](auto i) ALWAYS {
+        unroll<N * FS>([&](auto i) ALWAYS {
             unroll<R>([&](auto r) ALWAYS {
-                float* to = o[r] + tile * TILE + i * lanes;
+                float* to = o[r] + (tile + i / FS) * TILE + (F0 + i % FS) * lanes;
                 if constexpr (REMAINDER) {
                     float x[16];
                     store(x, acc[i][r]);
@@ -415,15 +412,17 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedV
         });
     }
 
-    template <int R, bool ROUGH, int TILE0 = 0>
+    // As many fields, and then tiles, as there is room for their sums.
+    template <int R, bool ROUGH, int TILE0 = 0, int F0 = 0>
     void tiles(const Weights<R>& weights, const float* share, int first, int last, float (*o)[D]) const {
-        constexpr int most = !KVC_AVX512 || R * F >= 8 ? 1 : (R * F >= 4 ? 2 : 4);
+        constexpr int room = std::max(1, SUMS / R), fields = std::min(F, room >= 4 ? 4 : room >= 2 ? 2 : 1);
+        constexpr int most = fields < F || R * F >= SUMS / 2 ? 1 : (R * F >= SUMS / 4 ? 2 : 4);
         constexpr int abreast = TILE0 + most <= TILES ? most : 1;
-        if constexpr (TILE0 < TILES) {
-            tiles_of<R, abreast, TILE0, false, ROUGH>(weights, share, first * 4, last * 4, o);
-            tiles<R, ROUGH, TILE0 + abreast>(weights, share, first, last, o);
-        } else if constexpr (REST > 0) {
-            tiles_of<R, 1, TILES, true, ROUGH>(weights, share, first * 4, last * 4, o);
+        if constexpr (TILE0 < TILES + (REST > 0)) {
+            constexpr bool remainder = TILE0 == TILES;
+            tiles_of<R, remainder ? 1 : abreast, TILE0, remainder, ROUGH, F0, fields>(weights, share, first * 4, last * 4, o);
+            if constexpr (F0 + fields < F) tiles<R, ROUGH, TILE0, F0 + fields>(weights, share, first, last, o);
+            else tiles<R, ROUGH, TILE0 + (remainder ? 1 : abreast)>(weights, share, first, last, o);
         }
     }
 
