@@ -78,7 +78,14 @@ inline float one(half x) {
                                     : as_float((rest << 13) + 0x38000000u);
     return as_float(as_bits(magnitude) | sign);
 }
+#if defined(__aarch64__)
+inline void widen(const half* p, nf& x) {
+    typedef __fp16 four __attribute__((vector_size(8)));
+    x = __builtin_convertvector(loaded<four>(p), nf);
+}
+#else
 inline void widen(const half* p, nf& x) { for (int i = 0; i < LANES; i++) x[i] = one(p[i]); }
+#endif
 inline void widen(const bf16* p, nf& x) {
     ni a;
     for (int i = 0; i < LANES; i++) a[i] = (int32_t)((uint32_t)p[i].bits << 16);
