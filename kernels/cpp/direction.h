@@ -16,6 +16,7 @@ template <class Inner, int D, int N, class T> struct Direction {
             exact = (const T*)plane[Inner::planes + 2] + page * 2 * N * D;
         }
     }
+    void ahead(long pages) { look_ahead(inner, pages); }
 
     template <int R, bool ROUGH> void logits(const float* const* q, const float* peaks, int first, int last, float (*out)[PAGE]) const {
         inner.template logits<R, ROUGH>(q, peaks, first, last, out);

@@ -54,6 +54,7 @@ template <class Inner, int D, int STEP> struct Centered {
     const half* mean;
     Centered(const void* const* plane, long page)
         : inner(plane, page), mean((const half*)plane[Inner::planes] + page * (PAGE / STEP * D)) {}
+    void ahead(long pages) { look_ahead(inner, pages); }
 
     template <int R, bool ROUGH> void logits(const float* const* q, const float* peaks, int first, int last, float (*out)[PAGE]) const {
         inner.template logits<R, ROUGH>(q, peaks, first, last, out);
@@ -89,6 +90,7 @@ template <class Inner, int D, int STEP> struct Scaled {
     const half* channel;
     Scaled(const void* const* plane, long page)
         : inner(plane, page), channel((const half*)plane[Inner::planes] + page * (PAGE / STEP * D)) {}
+    void ahead(long pages) { look_ahead(inner, pages); }
 
     template <int R, bool ROUGH> void logits(const float* const* q, const float* peaks, int first, int last, float (*out)[PAGE]) const {
         each_step<STEP>(first, last, [&](int step, int from, int to) {
@@ -129,6 +131,7 @@ template <class Inner, int D, int STEP, int RANK> struct Lowrank {
     Lowrank(const void* const* plane, long page)
         : inner(plane, page), a((const half*)plane[Inner::planes] + page * (PAGE * RANK)),
           b((const half*)plane[Inner::planes + 1] + page * (PAGE / STEP * RANK * D)) {}
+    void ahead(long pages) { look_ahead(inner, pages); }
 
     template <int R, bool ROUGH> void logits(const float* const* q, const float* peaks, int first, int last, float (*out)[PAGE]) const {
         inner.template logits<R, ROUGH>(q, peaks, first, last, out);
@@ -182,6 +185,7 @@ template <class Inner, int D, Axis AXIS, int GROUP, int N> struct Sparse {
     Sparse(const void* const* plane, long page)
         : inner(plane, page), place((const uint8_t*)plane[Inner::planes] + page * SIZE),
           rest((const half*)plane[Inner::planes + 1] + page * SIZE) {}
+    void ahead(long pages) { look_ahead(inner, pages); }
 
     // f(token, channel, value) for the tokens of token groups [first, last)
     template <class F> void each(int first, int last, F&& f) const {
@@ -232,6 +236,7 @@ template <class Inner, int D, int LEFT, int STEP> struct Channels {
     const int16_t* place;
     Channels(const void* const* plane, long page)
         : inner(plane, page), place((const int16_t*)plane[Inner::planes] + page * (PAGE / STEP * LEFT)) {}
+    void ahead(long pages) { look_ahead(inner, pages); }
 
     template <int R, bool ROUGH> void logits(const float* const* q, const float* peaks, int first, int last, float (*out)[PAGE]) const {
         each_step<STEP>(first, last, [&](int step, int from, int to) {
