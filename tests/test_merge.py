@@ -181,7 +181,7 @@ def test_a_crop_gives_back_what_was_merged():
         cache.crop(200)
     assert cache.nbytes > 0 and cache.stored_tokens(3).tolist() == [[200, 200]]
     after = merged_keys(cache, 200)
-    assert torch.equal(after, before)  # a block that stays, and what is left of one as it was decoded
+    assert torch.equal(after, before)  # a block that stays, and what is left of one, as decoded
 
 
 def test_explain_says_what_became_of_the_layers():
