@@ -119,7 +119,10 @@ def test_inputs_embeds_and_logits_to_keep():
     embeds = model.get_input_embeddings()(ids)
     every = model(ids).logits
     assert torch.equal(model(inputs_embeds=embeds).logits, every)
-    assert torch.equal(model(ids, logits_to_keep=3).logits, every[:, -3:])
+    some = model(ids, logits_to_keep=3).logits
+    weight, length = model.get_output_embeddings().weight, model.model.norm.weight.norm()
+    most = 2 * 64 * torch.finfo(torch.float32).eps * length * weight.norm(dim=-1).max()
+    assert (some - every[:, -3:]).abs().max() <= most  # sums of 64 products, in any order
     got = model.generate(inputs_embeds=embeds, attention_mask=torch.ones_like(ids),
                          max_new_tokens=10, do_sample=False)
     assert torch.equal(got, greedy(model, ids, 10)[:, 20:])
