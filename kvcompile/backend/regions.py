@@ -67,7 +67,8 @@ def _between(graph: Graph, op: OpOverload) -> list[list[Node]]:
 
 def _is_one(node: Node, targets: Container[Any]) -> bool:
     """Whether `node` calls one of `targets`, or is a result of such a call."""
-    return node.target in targets or node.target is getitem and node.args[0].target in targets
+    called = node.all_input_nodes[0] if node.target is getitem else node
+    return called.target in targets
 
 
 class Stretch:
