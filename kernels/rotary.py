@@ -16,10 +16,11 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, style: str) -> Tensor:
     r = cos.shape[-1]
     head = x[..., :r]
     if style == "half":
-        a, b = head.chunk(2, -1)
-        turned = torch.cat([-b, a], -1)
+        (a, b), (c, d), (s, t) = (y.chunk(2, -1) for y in (head, cos, sin))
+        parts = [a * c - b * s, b * d + a * t]
     else:
         a, b = head.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([-b, a], -1).flatten(-2)
-    head = head * cos + turned * sin
-    return head.contiguous() if r == x.shape[-1] else torch.cat([head, x[..., r:]], -1)
+        parts = [head * cos + torch.stack([-b, a], -1).flatten(-2) * sin]
+    if r < x.shape[-1]:
+        parts.append(x[..., r:])
+    return torch.cat(parts, -1) if len(parts) > 1 else parts[0].contiguous()

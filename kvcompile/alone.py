@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule
 
 from kvcompile.backend.inductor import compile_graph
+from kvcompile.between import between, laid
 from kvcompile.ir import APPEND, ATTEND, ATTENTION
 from kvcompile.registry import module
 from kvcompile.rewrite import copy_graph
@@ -32,9 +33,11 @@ class Alone:
         self.seconds = 0.0  # spent storing so far
 
     def into(self, gm: GraphModule) -> GraphModule:
-        """`gm` with its attention and storing done by kernels."""
+        """`gm` with its attention and storing done by kernels, and what lies between compiled."""
         own = {APPEND: self._timed, ATTENTION: self.attention, ATTEND: self.attend}
         gm = copy_graph(gm)
+        if self.compile:
+            between(gm)
         for node in gm.graph.nodes:
             node.target = own.get(node.target, node.target)
         gm.recompile()
@@ -63,7 +66,7 @@ class Alone:
 
         for i, slot in enumerate(slots):
             own = _of_layer(parsed, dims, dtype, planes, slot)
-            tokens = [_laid(x) for y in (k, v) for x in y[i * each : (i + 1) * each]]
+            tokens = [laid(x) for y in (k, v) for x in y[i * each : (i + 1) * each]]
             self._run((APPEND, store, k[0].shape[1]), call, own,
                       [*tokens, positions.contiguous(), valid.contiguous()])
 
@@ -106,7 +109,7 @@ class Alone:
             out = graph.call_function(op, (q, k, v, *held, *more), options)
             return graph.call_function(operator.getitem, (out, 0)) if planes else out
 
-        given = [_laid(q), _laid(k), _laid(v), positions, valid.contiguous()]
+        given = [laid(q), laid(k), laid(v), positions, valid.contiguous()]
         given += [] if sinks is None else [sinks]
         return self._run((op, *options.items(), q.shape[1], k.shape[1], sinks is None), call,
                          planes, given)
@@ -131,11 +134,6 @@ def _of_layer(store: Store, dims: tuple[int, int], dtype: torch.dtype, planes: l
     """The planes with count and tables of one layer."""
     return [(spec, p if spec.shape else p[slot : slot + 1])
             for spec, p in zip(store.planes(dims, dtype), planes, strict=True)]
-
-
-def _laid(x: Tensor) -> Tensor:
-    """x [B, H, S, D] laid out head by head or token by token, whichever it is or else the first."""
-    return x if x.is_contiguous() or x.transpose(1, 2).is_contiguous() else x.contiguous()
 
 
 def _compile(call: Callable, planes: _Planes, given: list[Tensor], rows: int) -> Callable:

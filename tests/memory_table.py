@@ -2,7 +2,7 @@
 
     python tests/memory_table.py [--tokens 8000] [--model tiny] [--repeats 3] [recipe ...]
 
-Each recipe runs in a process of its own; the kernels are compiled on a short prompt first. Memory
+Each recipe runs in a process of its own; all is compiled on a short prompt first. Memory
 is what the process takes at most during a prefill, and during the steps after the last one, beyond
 what it took before. A dense copy of the cache that a step makes would be seen there.
 """
@@ -18,6 +18,7 @@ from statistics import median
 import torch
 
 import kvcompile
+from kvcompile.between import MANY
 from kvcompile.models.smollm2 import smollm2
 from kvcompile.models.tiny import tiny
 
@@ -38,7 +39,7 @@ def measure(recipe: str, name: str, tokens: int, repeats: int) -> dict[str, floa
         "llama", num_hidden_layers=12, head_dim=64, num_key_value_heads=4, hidden_size=256)
     model = kvcompile.optimize(base, recipe)
     ids = torch.randint(3, 128, (1, tokens), generator=torch.Generator().manual_seed(0))
-    cache = model(ids[:, :300], use_cache=True, logits_to_keep=1).past_key_values
+    cache = model(ids[:, :MANY], use_cache=True, logits_to_keep=1).past_key_values
     model(ids[:, :1], past_key_values=cache)
     seconds, peaks = [], []
     for _ in range(repeats):

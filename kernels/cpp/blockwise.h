@@ -19,6 +19,8 @@ template <class C> struct Unit {  // queries in columns of 32: neighbouring toke
     alignas(64) float o[all][C::DV][COLUMNS], m[all][COLUMNS], l[all][COLUMNS];
 };
 
+constexpr float LOWEST = -1e30f;  // a maximum of nothing
+
 // What a block's tokens [from, to) are to the queries: number = base + place in the block.
 struct Part { long base; int from, to; };
 
@@ -137,6 +139,33 @@ template <class C> inline void weigh_columns(Unit<C>& u, int column, long first,
         }
 }
 
+// Logits and weights of a whole block that all of the column sees, at once: weights are of the maxima
+// so far, which they may exceed 2^60 times. False, and nothing done, where one does by more.
+template <class C> inline bool weigh_block(Unit<C>& u, int column) {
+    const vf unit = set(SCALE<C>);
+    vf at[2], most[2], total[2];
+    for (int i = 0; i < 2; i++) {
+        at[i] = set(0.0f) - load(u.m[column] + i * 16);
+        most[i] = total[i] = set(0.0f);
+    }
+    auto weights = [&](vf (&x)[2]) {
+        for (int i = 0; i < 2; i++) {
+            x[i] = fma(x[i], unit, at[i]);
+            most[i] = max(most[i], x[i]);
+            x[i] = weight<C::ROUGH>(x[i]);
+            total[i] = total[i] + x[i];
+        }
+    };
+    Unit<C>::Product::logits_each(u.block, u.q[column], u.s, [&](int t, vf (&a)[2], vf (&b)[2]) {
+        weights(a);
+        weights(b);
+        Unit<C>::Product::weights(u.p, t, a, b);
+    });
+    if (peak(max(most[0], most[1])) > 60.0f) return false;
+    for (int i = 0; i < 2; i++) store(u.l[column] + i * 16, load(u.l[column] + i * 16) + total[i]);
+    return true;
+}
+
 // q, k, v and out by (row, head, token); `tiers`, `count` where something is stored.
 template <class C, class Q, class K, class V, class Out>
 void blockwise(const typename C::Tiers& tiers, const int32_t* count, const bool* valid, const float* sinks, long batch, long tokens,
@@ -168,7 +197,7 @@ void blockwise(const typename C::Tiers& tiers, const int32_t* count, const bool*
             const int column = g * U::columns + c;
             Product::pack(u.q[column], rows);
             std::memset(u.o[column], 0, sizeof(u.o[column]));
-            for (int i = 0; i < COLUMNS; i++) u.m[column][i] = -1e30f, u.l[column][i] = 0.0f;
+            for (int i = 0; i < COLUMNS; i++) u.m[column][i] = LOWEST, u.l[column][i] = 0.0f;
         }
         long past = 0;
         auto attend = [&](const Part& part) {
@@ -178,9 +207,16 @@ void blockwise(const typename C::Tiers& tiers, const int32_t* count, const bool*
                 if (part.base + part.from > first + COLUMNS - 1) continue;
                 if (C::SEEN && part.base + part.to - 1 <= first - C::SEEN) continue;
                 const int column = g * U::columns + c;
-                Product::logits(u.block, part.to, u.q[column], u.s);
-                weigh_columns(u, column, first, part);
-                Product::add(u.block, part.to, u.p, u.o[column]);
+                const bool whole = part.to - part.from == PAGE && part.base + PAGE - 1 <= first
+                    && (!C::SEEN || part.base > first + COLUMNS - 1 - C::SEEN);
+                if (C::SOFTCAP != 0.0f || !whole || u.m[column][0] == LOWEST || !weigh_block(u, column)) {
+                    const int to = (int)std::min<long>(part.to, first + COLUMNS - part.base);
+                    Product::logits(u.block, to, u.q[column], u.s);
+                    weigh_columns(u, column, first, {part.base, part.from, to});
+                    Product::add(u.block, to, u.p, u.o[column]);
+                } else {
+                    Product::add(u.block, PAGE, u.p, u.o[column]);
+                }
             }
         };
         if constexpr (C::STORED) {

@@ -16,23 +16,40 @@ namespace kvc {
 
 constexpr int COLUMNS = 32;  // queries abreast
 
-// c[row][column] (+)= sum over n of a[row * rows + n * step] b[n][column], 32 columns, R rows at a time
-template <int R, bool ADD, class Element, class Times>
-inline void micro(const Element* a, long row, long step, const Element* b, int n, float* c, Times&& times) {
-    vf acc[R][2];
-    for (int r = 0; r < R; r++) for (int i = 0; i < 2; i++)
-        acc[r][i] = ADD ? load(c + r * COLUMNS + i * 16) : set(0.0f);
+constexpr int ABREAST = KVC_AVX512 ? 8 : 2;  // rows that are multiplied at a time
+
+// acc[row][column] += sum over n of a[row * rows + n * step] b[n][column], 32 columns, R rows
+template <int R, class Element, class Times>
+inline void micro(const Element* a, long row, long step, const Element* b, int n, vf (&acc)[R][2], Times&& times) {
     for (int k = 0; k < n; k++)
         for (int r = 0; r < R; r++) times(a[r * row + k * step], b + k * COLUMNS, acc[r]);
-    for (int r = 0; r < R; r++) for (int i = 0; i < 2; i++) store(c + r * COLUMNS + i * 16, acc[r][i]);
 }
 
+// c[row][column] (+)= the same for all `rows`
 template <bool ADD, class Element, class Times>
 inline void product(const Element* a, long row, long step, int rows, const Element* b, int n, float* c, Times&& times) {
-    constexpr int most = KVC_AVX512 ? 8 : 2;
+    auto some = [&](auto count, int r) {
+        constexpr int R = decltype(count)::value;
+        vf acc[R][2];
+        float* to = c + r * COLUMNS;
+        for (int j = 0; j < R; j++) for (int i = 0; i < 2; i++) acc[j][i] = ADD ? load(to + j * COLUMNS + i * 16) : set(0.0f);
+        micro<R>(a + r * row, row, step, b, n, acc, times);
+        for (int j = 0; j < R; j++) for (int i = 0; i < 2; i++) store(to + j * COLUMNS + i * 16, acc[j][i]);
+    };
     int r = 0;
-    for (; r + most <= rows; r += most) micro<most, ADD>(a + r * row, row, step, b, n, c + r * COLUMNS, times);
-    for (; r < rows; r++) micro<1, ADD>(a + r * row, row, step, b, n, c + r * COLUMNS, times);
+    for (; r + ABREAST <= rows; r += ABREAST) some(std::integral_constant<int, ABREAST>{}, r);
+    for (; r < rows; r++) some(std::integral_constant<int, 1>{}, r);
+}
+
+// The same, given to each(row, acc of it, acc of the next one) instead of stored; `rows` whole.
+template <class Element, class Times, class Each>
+inline void product_each(const Element* a, long row, int rows, const Element* b, int n, Times&& times, Each&& each) {
+    for (int r = 0; r < rows; r += ABREAST) {
+        vf acc[ABREAST][2];
+        for (auto& x : acc) x[0] = x[1] = set(0.0f);
+        micro<ABREAST>(a + r * row, row, 1, b, n, acc, times);
+        for (int j = 0; j < ABREAST; j += 2) each(r + j, acc[j], acc[j + 1]);
+    }
 }
 
 // fp32 operands.
@@ -71,6 +88,10 @@ template <int DK, int DV> struct Plain {
     }
     static void logits(const Block& block, int tokens, const Query& query, float (*out)[COLUMNS]) {
         product<false>(block.k[0], DK, 1, tokens, query.x[0], DK, out[0], times);
+    }
+    // Gives the logits of a whole block to each(token, its logits, the next one's).
+    template <class Each> static void logits_each(const Block& block, const Query& query, float (*)[COLUMNS], Each&& each) {
+        product_each(block.k[0], DK, PAGE, query.x[0], DK, times, each);
     }
     static void add(const Block& block, int tokens, const Weights& p, float (*o)[COLUMNS]) {
         product<true>(block.v[0], 1, DV, DV, p.x[0], tokens, o[0], times);
@@ -179,13 +200,28 @@ template <int DK, int DV> struct Pairs {
 #else
     static void begin() {}
     static void end() {}
+    static void times(pair x, const pair* y, vf (&acc)[2]) {
+        for (int i = 0; i < 2; i++)
+            acc[i] = _mm512_dpbf16_ps(acc[i], (__m512bh)_mm512_set1_epi32(x), (__m512bh)_mm512_loadu_si512(y + i * 16));
+    }
     template <bool ADD> static void product(const pair* a, long row, int rows, const pair* b, int n, float* c) {
-        kvc::product<ADD>(a, row, 1, rows, b, n, c, [](pair x, const pair* y, vf (&acc)[2]) {
-            for (int i = 0; i < 2; i++)
-                acc[i] = _mm512_dpbf16_ps(acc[i], (__m512bh)_mm512_set1_epi32(x), (__m512bh)_mm512_loadu_si512(y + i * 16));
-        });
+        kvc::product<ADD>(a, row, 1, rows, b, n, c, times);
     }
 #endif
+    // Gives the logits of a whole block to each(token, its logits, the next one's).
+    template <class Each> static void logits_each(const Block& block, const Query& query, [[maybe_unused]] float (*s)[COLUMNS], Each&& each) {
+#if KVC_TILES
+        for (int t = 0; t < PAGE; t += 32) {
+            product<false>(block.k[t], WIDTH / 2, 32, query.x[0], WIDTH / 2, s[t]);
+            for (int j = t; j < t + 32; j += 2) {
+                vf a[2] = {load(s[j]), load(s[j] + 16)}, b[2] = {load(s[j + 1]), load(s[j + 1] + 16)};
+                each(j, a, b);
+            }
+        }
+#else
+        product_each(block.k[0], WIDTH / 2, PAGE, query.x[0], WIDTH / 2, times, each);
+#endif
+    }
     static void logits(const Block& block, int tokens, const Query& query, float (*out)[COLUMNS]) {
         product<false>(block.k[0], WIDTH / 2, (tokens + 31) / 32 * 32, query.x[0], WIDTH / 2, out[0]);
     }

@@ -10,13 +10,14 @@ compiles once however often it stands in a graph.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from operator import getitem
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
+from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -25,13 +26,9 @@ from kvcompile.ir import ATTEND, BESIDE
 
 def outline(gm: GraphModule) -> None:
     """Replace, in place, stretches of `gm` between attends that occur at least twice."""
-    alike: dict[tuple, list[_Stretch]] = defaultdict(list)
-    for stretch in _stretches(gm.graph):
-        if stretch.in_one_place():
-            alike[stretch.signature()].append(stretch)
-    for i, stretches in enumerate(s for s in alike.values() if len(s) > 1):
+    for i, stretches in enumerate(alike(gm.graph, ATTEND)):
         name = f"kvc_region_{i}"
-        gm.add_submodule(name, stretches[0].module())
+        gm.add_submodule(name, stretches[0].region())
         same = set.intersection(*(set(s.given) for s in stretches))
         for stretch in stretches:
             stretch.call(gm, name, same)
@@ -39,24 +36,42 @@ def outline(gm: GraphModule) -> None:
     gm.recompile()
 
 
-def _stretches(graph: Graph) -> list["_Stretch"]:
-    """What attends need that depends on n others of them, for each n but 0."""
+def alike(graph: Graph, op: OpOverload, without: Container[Any] = ()) -> list[list["Stretch"]]:
+    """The stretches between `op`s that occur at least twice, those that are alike together.
+
+    They begin with the `op`; nodes with a target in `without` are never among them.
+    """
+    found: dict[tuple, list[Stretch]] = defaultdict(list)
+    for nodes in _between(graph, op):
+        stretch = Stretch([n for n in nodes if not _is_one(n, without)])
+        if stretch.in_one_place():
+            found[stretch.signature()].append(stretch)
+    return [stretches for stretches in found.values() if len(stretches) > 1]
+
+
+def _between(graph: Graph, op: OpOverload) -> list[list[Node]]:
+    """What `op`s need that depends on n others of them, for each n but 0."""
     needed: set[Node] = set()
     for node in reversed(graph.nodes):
-        result = node.target is getitem and node.args[0].target is ATTEND
-        if node.target is ATTEND or result or any(user in needed for user in node.users):
+        if _is_one(node, (op,)) or any(user in needed for user in node.users):
             needed.add(node)
     depth: dict[Node, int] = {}
     nodes: dict[int, list[Node]] = defaultdict(list)
     for node in graph.nodes:
         before = max((depth[n] for n in node.all_input_nodes), default=0)
-        depth[node] = before + (node.target is ATTEND)
+        depth[node] = before + (node.target is op)
         if node.op == "call_function" and node in needed:
             nodes[depth[node]].append(node)
-    return [_Stretch(nodes[n]) for n in sorted(nodes) if n]
+    return [nodes[n] for n in sorted(nodes) if n]
 
 
-class _Stretch:
+def _is_one(node: Node, targets: Container[Any]) -> bool:
+    """Whether `node` calls one of `targets`, or is a result of such a call."""
+    called = node.all_input_nodes[0] if node.target is getitem else node
+    return called.target in targets
+
+
+class Stretch:
     """Nodes in the order of the graph; `taken` are those that others read."""
 
     def __init__(self, nodes: list[Node]) -> None:
@@ -77,7 +92,7 @@ class _Stretch:
         """Whether one call can stand for the nodes: where the last of them is."""
         attends = sum(n.target is ATTEND for n in self.nodes)
         after = (user for n in self.taken for user in n.users if user not in self.own)
-        return attends == 1 and all(user > self.nodes[-1] for user in after)
+        return attends <= 1 and len(self.taken) > 0 and all(user > self.nodes[-1] for user in after)
 
     def signature(self) -> tuple:
         """Equal for stretches that differ only in what they are given, and in their slots."""
@@ -97,7 +112,16 @@ class _Stretch:
         return tuple(lines), kinds, tuple(numbers[n] for n in self.taken)
 
     def module(self) -> GraphModule:
-        """The stretch as a graph of its own: (place, *given) -> taken."""
+        """The stretch as a graph of its own: given -> taken."""
+        graph = Graph()
+        new = {n: graph.placeholder(f"given_{i}") for i, n in enumerate(self.given)}
+        for node in self.nodes:
+            new[node] = graph.node_copy(node, new.__getitem__)
+        graph.output(tuple(new[n] for n in self.taken))
+        return GraphModule({}, graph)
+
+    def region(self) -> GraphModule:
+        """The stretch as a subgraph for all that are alike: (place, *given) -> taken."""
         graph = Graph()
         at = graph.placeholder("at")
         new = {n: graph.placeholder(f"given_{i}") for i, n in enumerate(self.given)}
@@ -129,13 +153,20 @@ class _Stretch:
             given = [_contiguous(n) if n.op == "call_function" and n not in same and "region" not in
                      n.meta else n for n in self.given]
             results = gm.graph.call_function(invoke_subgraph, (body, name, at, *given))
-            for i, node in enumerate(self.taken):
-                result = gm.graph.call_function(getitem, (results, i))
-                result.meta = node.meta | {"region": name}
+        self.replace(results, region=name)
+
+    def replace(self, results: Node, **meta: Any) -> None:
+        """`results`, a tuple, in place of what is taken; the nodes go, as far as nothing reads
+        them."""
+        graph = results.graph
+        with graph.inserting_after(results):
+            for i, node in reversed([*enumerate(self.taken)]):
+                result = graph.call_function(getitem, (results, i))
+                result.meta = node.meta | meta
                 node.replace_all_uses_with(result, lambda user: user not in self.own)
         for node in reversed(self.nodes):
             if not node.users:
-                gm.graph.erase_node(node)
+                graph.erase_node(node)
 
 
 _PLACE = ("slot", "member")
