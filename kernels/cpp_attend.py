@@ -17,7 +17,7 @@ from kvcompile.store import SIDES, Store
 
 FOLDER = Path(__file__).parent / "cpp"
 READERS = tuple(FOLDER / f"{name}.h" for name in (
-    "vector", "coded", "dense", "latent", "wrapper", "direction", "subspace", "tier"))
+    "vector", "coded", "dense", "latent", "wrapper", "direction", "subspace", "tail", "tier"))
 FILES = (*READERS, FOLDER / "rebuild.h", FOLDER / "attend.h")
 TIERS = ("sinks", "body", "recent")
 MOST = 1024  # channels of a head

@@ -73,6 +73,23 @@ def _lorc(p: Mapping[str, Any]) -> Axes:
             "rank.least": p["least"], "rank.multiple": p["multiple"], "recompute": "rope"}
 
 
+def _cskv(p: Mapping[str, Any]) -> Axes:
+    axes = {"rank.heads": p["heads"], "rank.k": p["ratio"], "rank.v": p["ratio"],
+            "rank.text": {"asvd": "scale", "whiten": True, "svd": False}[p["by"]],
+            "rank.multiple": p["multiple"], "rank.exact": True, "recompute": "rope",
+            **({f"lag.{side}": p["window"] for side in SIDES} if p["window"] else {})}
+    return {**axes, **_file(p)}
+
+
+def _file(p: Mapping[str, Any]) -> Axes:
+    """The axis of given factors, if there are any."""
+    if p["factors"] is None:
+        return {}
+    if not isinstance(p["factors"], str):
+        raise RecipeError(f"factors={p['factors']}: must name a safetensors file")
+    return {"rank.factors": p["factors"]}
+
+
 def _joint(p: Mapping[str, Any]) -> Axes:
     return {"rank.heads": WHOLE, "rank.k": p["ratio"], "rank.v": p["ratio"], "rank.joint": True,
             "rank.text": p["whiten"], "rank.multiple": p["multiple"], "recompute": "rope"}
@@ -82,6 +99,8 @@ WHOLE = 1 << 16  # more kv heads than a layer has
 MULTIPLE = Param("multiple", 16, choices=(1, 2, 4, 8, 16, 32, 64), help="ranks are multiples")
 RANKS = Param("ranks", (), calibrated=True, help="[K, V] of each claimed layer: the fractions of "
               "its channels that it keeps instead of ratio; `calibrated`: by Fisher information")
+FACTORS = Param("factors", None, help="a safetensors file with factors that were trained, instead "
+                "of those found here (kvcompile/calibration/given.py)")
 WHITEN = Param("whiten", True, help="nearest on the calibration text, not in the weights")
 
 METHODS = (
@@ -157,6 +176,28 @@ METHODS = (
         axes=_lorc,
         note="SVD of all heads' weights at once; layers in between by the logarithm of the product "
         "of the condition numbers that amplify their error",
+    ),
+    Method(
+        name="cskv",
+        title="CSKV",
+        paper="arXiv:2409.10593",
+        family="low rank",
+        params=(
+            Param("ratio", 0.5, minimum=0.01, maximum=1.0, help="ranks as the kept fraction of "
+                  "the channels; those of given factors are theirs"),
+            Param("window", 32, minimum=0, help="newest tokens that stay exact; 0: those that wait "
+                  "in the recipe's own recent tier"),
+            Param("by", "asvd", choices=("asvd", "whiten", "svd"), help="SVD of W_k and W_v with "
+                  "columns scaled by the text, whitened by it, or as they are"),
+            Param("heads", WHOLE, minimum=1, help="kv heads that are factored together; all of "
+                  "them unless given"),
+            FACTORS,
+            MULTIPLE,
+        ),
+        axes=_cskv,
+        note="older tokens are latents, newer ones exact; a token is stored as what the latent "
+        "leaves of K and V beside the latent, of which only the latent stays. Factors are the "
+        "paper's starting point, or trained ones from a file; kvcompile trains nothing",
     ),
     Method(
         name="jointkv",

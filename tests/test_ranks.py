@@ -36,6 +36,7 @@ def test_fisher_information_is_that_of_the_weights():
 def test_shares_are_in_proportion_and_at_most_all():
     assert shares([1, 1, 2], [8, 8, 8], 0.5) == pytest.approx([3 / 8, 3 / 8, 6 / 8])
     assert shares([1, 1, 8], [8, 8, 8], 0.5) == pytest.approx([2 / 8, 2 / 8, 1])
+    assert shares([1, 3, 16], [8, 8, 8], 0.5) == pytest.approx([1.4 / 8, 2.6 / 8, 1])
     assert shares([0, 0], [8, 8], 0.25) == pytest.approx([0.25, 0.25])
     assert shares([1, 2, 3], [8, 4, 8], 1.0) == pytest.approx([1, 1, 1])
 
