@@ -7,9 +7,11 @@ latents at read, since the rotation stands between the factors.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from kvcompile.calibration.fisher import fisher, shares
+from kvcompile.calibration.greedy import LEVELS, costs, greedy
 from kvcompile.calibration.samples import Samples
 from kvcompile.errors import RecipeError
 from kvcompile.ir import attention_nodes
@@ -40,7 +42,7 @@ def _recalkv(p: Mapping[str, Any]) -> Axes | list[Axes]:
 def _matryoshka(p: Mapping[str, Any]) -> Axes | list[Axes]:
     return _by_layer({
         "rank.heads": 1, "rank.k": p["ratio"], "rank.v": p["ratio"], "rank.text": True,
-        "rank.after": True, "rank.multiple": p["multiple"]}, p)
+        "rank.after": True, "rank.multiple": p["multiple"], **_file(p)}, p)
 
 
 def _by_layer(axes: Axes, p: Mapping[str, Any]) -> Axes | list[Axes]:
@@ -66,6 +68,18 @@ def _by_fisher(p: Mapping[str, Any], samples: Samples) -> Axes:
     kept = dict(zip(targets, shares(list(known.values()), sizes, p["ratio"]), strict=True))
     return {"ranks": tuple(tuple(max(0.01, round(kept.get((i, side), 1.0), 4)) for side in SIDES)
                            for i in samples.layers)}
+
+
+def _by_greed(p: Mapping[str, Any], samples: Samples) -> Axes:
+    """Fractions of K's and V's channels by greedy search."""
+    if p["ratio"] < 1 / LEVELS:
+        raise RecipeError(f"matryoshkakv(ratio={p['ratio']}): ranks=calibrated keeps at least 1 / "
+                          f"{LEVELS} of the channels")
+    sizes = {(i, side): x.shape[1] * x.shape[-1] for i, s in zip(
+        samples.layers, samples.attention, strict=True)
+        for side, x in zip(SIDES, (s.k, s.v), strict=True)}
+    kept = greedy(costs(samples), sizes, p["ratio"])
+    return {"ranks": tuple(tuple(kept[i, side] for side in SIDES) for i in samples.layers)}
 
 
 def _lorc(p: Mapping[str, Any]) -> Axes:
@@ -152,15 +166,17 @@ METHODS = (
         params=(
             Param("ratio", 0.5, minimum=0.01, maximum=1.0, help="channels of each head that are "
                   "kept of its principal ones"),
-            RANKS,
+            replace(RANKS, help="[K, V] of each claimed layer: the fractions of its channels that "
+                    "it keeps instead of ratio; `calibrated`: by greedy search"),
+            FACTORS,
             MULTIPLE,
         ),
         axes=_matryoshka,
-        calibrate=_by_fisher,
-        note="the orthogonal projections of each head that the paper's training starts from: "
-        "principal components of rotated K and of V on a text; q and W_o absorb them. Not trained, "
-        "one rank for the heads of a layer, and ranks=calibrated is by Fisher information instead "
-        "of the paper's greedy search",
+        calibrate=_by_greed,
+        note="the orthogonal projections of each head that the paper's training starts from, "
+        "principal components of rotated K and of V on a text, or trained ones from a file; q and "
+        "W_o absorb them. One rank for the heads of a layer; the greedy search of ranks adds up "
+        "what each layer's K and V cost alone",
     ),
     Method(
         name="lorc",

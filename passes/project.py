@@ -123,7 +123,7 @@ def _rewrite(gm: GraphModule, layer: int, sides: dict[str, Target], plan: LayerP
     write, dtype = Writer(gm, first.node), first.weight.dtype
     if file := plan.get("rank.factors"):
         after = bool(plan.get("rank.after"))  # the latents are in order
-        rank = rank_of(wanted, None, both[0, :, 0], multiple) if after else None  # type: ignore[arg-type]
+        rank = rank_of(wanted, None, both[0, :, 0], multiple) if after else 0  # type: ignore[arg-type]
         made = given(str(file), layer, next(iter(sides)), groups, both.flatten(0, 1), rank)
     else:
         moments = [w @ w.t() if inputs is None else w @ inputs @ w.t() for w in both]

@@ -167,7 +167,8 @@ def test_the_compiled_step_reads_both_tiers():
      r"layers.0.self_attn.k_proj_a is \[15, 64\], not \[16, 64\]"),
     (lambda t: t.update({"model.layers.0.self_attn.k_proj_b.weight": torch.zeros(16, 16)}),
      r"layers.0.self_attn.k_proj_b is \[16, 16\], not \[32, at most 32\]"),
-    (lambda t: t.pop("model.layers.0.self_attn.k_proj_a.weight"), "k_proj_a is missing")])
+    (lambda t: t.pop("model.layers.0.self_attn.k_proj_a.weight"),
+     "holds no layers.0.self_attn.k_proj_a.weight")])
 def test_factors_that_do_not_fit_are_refused(change, reason, tmp_path):
     tensors = made_up(plain("llama:2"), 16)
     change(tensors)

@@ -3,14 +3,16 @@
     ...layers.3.self_attn.k_proj_a.weight    A [groups r, in], or [W_k; A], as CSKV's programs do
     ...layers.3.self_attn.k_proj_b.weight    B [H D, r]
 
-and the same of v_proj, for each layer that is factored: K_g = B_g A_g x, g a group of heads. A may
-be missing where B_g is orthonormal: it is then the transpose of it.
+and the same of v_proj, for each layer that is factored: K_g = B_g A_g x, g a group of heads. Of
+bases of K and V themselves, as MatryoshkaKV trains them, there is B alone: its columns are the
+directions of a head, the most important first.
 """
 
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,10 +21,13 @@ from kvcompile.calibration.factor import Factors
 from kvcompile.errors import RecipeError
 
 
-def given(file: str, layer: int, side: str, groups: int, weight: Tensor, rank: int | None = None
+def given(file: str, layer: int, side: str, groups: int, weight: Tensor, rank: int = 0
           ) -> list[Factors]:
-    """A layer's factors in fp64, one pair for each group of heads, of weight [H D, in]; of the
-    first `rank` latents alone. RecipeError for a file or factors that do not fit."""
+    """A layer's factors in fp64, one pair for each group of heads, of weight [H D, in].
+
+    With a `rank` they are of that many latents, the first, and B_g must be orthonormal; A_g is then
+    B_g^T W_g. RecipeError for a file or factors that do not fit.
+    """
     tensors, (channels, width) = _read(file, _changed(file)), weight.shape
     b = _named(tensors, layer, f"{side}_proj_b")
     if b is None:
@@ -32,19 +37,26 @@ def given(file: str, layer: int, side: str, groups: int, weight: Tensor, rank: i
         raise RecipeError(f"{where}_b is {_shape(b)}, not [{channels}, at most "
                           f"{channels // groups}]")
     up, a = b.double().unflatten(0, (groups, -1)), _named(tensors, layer, f"{side}_proj_a")
-    if a is None and channels != width:
-        raise RecipeError(f"{where}_a is missing: only projections of K and V themselves need none")
-    if a is None:
-        down = up.mT
+    own = weight.double().cpu().unflatten(0, (groups, -1))
+    if rank:
+        off = float((up.mT @ up - torch.eye(up.shape[-1]).double()).abs().max())
+        if off > 1e-2:
+            raise RecipeError(f"{where}_b is not orthonormal head by head: off by {off:.2g}")
+        if rank > up.shape[-1]:
+            raise RecipeError(f"{where}_b has {up.shape[-1]} columns, {rank} are needed")
+        up = up[..., :rank]
+        down = up.mT @ own
+    elif a is None:
+        raise RecipeError(f"{file}: holds no layers.{layer}.self_attn.{side}_proj_a.weight")
     elif a.dim() == 2 and a.shape[0] in (groups * b.shape[1], channels + groups * b.shape[1]) and (
             a.shape[1] == width):
         down = a[-groups * b.shape[1] :].double().unflatten(0, (groups, -1))
     else:
         raise RecipeError(f"{where}_a is {_shape(a)}, not [{groups * b.shape[1]}, {width}]")
-    own, made = weight.double().unflatten(0, (groups, -1)), list[Factors]()
-    for w, u, d in zip(own, up[..., :rank], down[:, :rank], strict=True):
+    made = list[Factors]()
+    for w, u, d in zip(own, up, down, strict=True):
         lost = (w - u @ d).square().sum() / w.square().sum()
-        made.append(Factors(d.to(w.device), u.to(w.device), 1 - float(lost)))
+        made.append(Factors(d.to(weight.device), u.to(weight.device), 1 - float(lost)))
     return made
 
 
