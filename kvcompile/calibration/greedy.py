@@ -18,12 +18,14 @@ from kvcompile.calibration.samples import Reader, Samples, inputs
 from kvcompile.store import SIDES
 
 LEVELS = 4  # ranks that are tried: so many equal steps of all channels
+TOKENS = 1024  # of the text, on which a cost is measured
 
 
 def costs(samples: Samples) -> dict[tuple[int, str], list[float]]:
     """(layer, side) -> nats per token that K or V of this layer costs at full rank (0), 3/4, 1/2
     and 1/4 of each head's channels, the principal ones of the rotated heads on the text."""
-    gm, ids = samples.gm, samples.ids
+    gm, tokens = samples.gm, samples.ids.shape[1]
+    ids = samples.ids[: max(1, TOKENS // tokens), :TOKENS]
     with torch.no_grad():
         want = gm(*inputs(ids, keep=ids.shape[1])).log_softmax(-1)
         found: dict[tuple[int, str], list[float]] = {}
