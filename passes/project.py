@@ -192,7 +192,7 @@ def _seen(gm: GraphModule, nodes: list[Node]) -> dict[tuple[Node, object], Tenso
         return {}
     if "text" not in gm.meta:
         raise RecipeError("whitening needs a text, and a graph that arrives through the "
-                          "torch.compile backend has none: whiten=false")
+                          "torch.compile backend has none: give whiten=false or by=svd")
     found = moments_of(gm, nodes)
     return {**{(n, True): x.second for n, x in found.items()},
             **{(n, "scale"): x.size.diag() for n, x in found.items()}}
