@@ -6,7 +6,7 @@ C: B A = U U^T W. That is the truncated SVD of W whitened by the inputs' covaria
 W S = U s V^T and U s_r V_r^T S^-1 = U_r U_r^T W (Palu, arXiv:2407.21118; SVD-LLM,
 arXiv:2403.07378). With no text C = W W^T, and it is the truncated SVD of W. As in Palu's program
 either factor has the root of s, B = U s_r^(1/2): latents then differ less in size from channel to
-channel, which quantization per token has to thank for.
+channel, which quantization per token prefers, a little.
 """
 
 from typing import NamedTuple
