@@ -18,7 +18,7 @@ from kvcompile.store import SIDES, Store
 FOLDER = Path(__file__).parent / "cpp"
 VECTORS = tuple(FOLDER / f"{name}.h" for name in ("vector", "avx512", "halves", "numbers"))
 READERS = (*VECTORS, *(FOLDER / f"{name}.h" for name in (
-    "coded", "dense", "latent", "wrapper", "direction", "subspace", "tier")))
+    "coded", "dense", "latent", "wrapper", "direction", "subspace", "tail", "tier")))
 FILES = (*READERS, FOLDER / "rebuild.h", FOLDER / "attend.h")
 TIERS = ("sinks", "body", "recent")
 MOST = 1024  # channels of a head

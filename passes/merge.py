@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE, format_of, term_of
 from kvcompile.ir import argument, attention_nodes
+from kvcompile.kernels.tail import dropped
 from kvcompile.plan import LayerPlan
 from kvcompile.recipe import Term
 from kvcompile.rewrite import Outcome, Refused, Rewritten
@@ -94,6 +95,8 @@ def _rebuilt(node: Node) -> str:
         return f"{layer} stores one latent for K and V"
     if argument(node, "rule"):
         return f"which tokens {layer} keeps is decided by scores"
+    if any(dropped(Store.parse(argument(node, "store")))):
+        return f"only the newest tokens of {layer} are kept whole"
     if argument(node, "basis") is not None:
         return f"the keys of {layer} are rebuilt from latents when they are read"
     return ""

@@ -29,6 +29,12 @@ def _mla(p: Mapping[str, Any]) -> Axes:
             "rank.multiple": p["multiple"]}
 
 
+def _transmla(p: Mapping[str, Any]) -> Axes:
+    return {"rope.keep": 1.0, "rope.by": "mixed", "rope.fold": p["fold"], "rank.heads": WHOLE,
+            "rank.joint": True, "rank.k": p["ratio"], "rank.v": p["ratio"], "rank.text": True,
+            "rank.multiple": p["multiple"]}
+
+
 def _xquant(p: Mapping[str, Any]) -> Axes:
     text = f"int(bits={p['bits']}, axis=token, group={p['group']})"
     return {"recompute": "hidden", **by_token(text, p["residual"])}
@@ -74,6 +80,23 @@ METHODS = (
         note="cached are one latent for V and K's unrotated channels, absorbed as in DeepSeek's "
         "models, and each kv head's rotary channels; balanced as TransMLA's (arXiv:2502.07864). "
         "The paper fine-tunes afterwards; without that much is lost",
+    ),
+    Method(
+        name="transmla",
+        title="TransMLA",
+        paper="arXiv:2502.07864",
+        family="low rank",
+        params=(
+            Param("ratio", 0.5, minimum=0.01, maximum=1.0, help="rank of the latent as a fraction "
+                  "of K's and V's channels"),
+            Param("fold", 1, choices=(1, 2, 4, 8, 16, 32), help="neighbouring rotary pairs that "
+                  "are mixed as if they had one frequency (FreqFold)"),
+            MULTIPLE,
+        ),
+        axes=_transmla,
+        note="cached are one latent, for V and what K has without rotation, and one rotary head "
+        "for all kv heads, the mixture of them that carries most (RoRoPE), as in DeepSeek's "
+        "models. The paper fine-tunes afterwards; its collapse of the rotary head is missing",
     ),
     Method(
         name="slim",

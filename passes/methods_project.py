@@ -7,9 +7,11 @@ latents at read, since the rotation stands between the factors.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from kvcompile.calibration.fisher import fisher, shares
+from kvcompile.calibration.greedy import LEVELS, costs, greedy
 from kvcompile.calibration.samples import Samples
 from kvcompile.errors import RecipeError
 from kvcompile.ir import attention_nodes
@@ -40,7 +42,7 @@ def _recalkv(p: Mapping[str, Any]) -> Axes | list[Axes]:
 def _matryoshka(p: Mapping[str, Any]) -> Axes | list[Axes]:
     return _by_layer({
         "rank.heads": 1, "rank.k": p["ratio"], "rank.v": p["ratio"], "rank.text": True,
-        "rank.after": True, "rank.multiple": p["multiple"]}, p)
+        "rank.after": True, "rank.multiple": p["multiple"], **_file(p)}, p)
 
 
 def _by_layer(axes: Axes, p: Mapping[str, Any]) -> Axes | list[Axes]:
@@ -68,9 +70,38 @@ def _by_fisher(p: Mapping[str, Any], samples: Samples) -> Axes:
                            for i in samples.layers)}
 
 
+def _by_greed(p: Mapping[str, Any], samples: Samples) -> Axes:
+    """Fractions of K's and V's channels by greedy search."""
+    if p["ratio"] < 1 / LEVELS:
+        raise RecipeError(f"matryoshkakv(ratio={p['ratio']}): ranks=calibrated keeps at least 1 / "
+                          f"{LEVELS} of the channels")
+    sizes = {(i, side): x.shape[1] * x.shape[-1] for i, s in zip(
+        samples.layers, samples.attention, strict=True)
+        for side, x in zip(SIDES, (s.k, s.v), strict=True)}
+    kept = greedy(costs(samples), sizes, p["ratio"])
+    return {"ranks": tuple(tuple(kept[i, side] for side in SIDES) for i in samples.layers)}
+
+
 def _lorc(p: Mapping[str, Any]) -> Axes:
     return {"rank.heads": WHOLE, "rank.k": p["most"], "rank.v": p["most"],
             "rank.least": p["least"], "rank.multiple": p["multiple"], "recompute": "rope"}
+
+
+def _cskv(p: Mapping[str, Any]) -> Axes:
+    axes = {"rank.heads": p["heads"], "rank.k": p["ratio"], "rank.v": p["ratio"],
+            "rank.text": {"asvd": "scale", "whiten": True, "svd": False}[p["by"]],
+            "rank.multiple": p["multiple"], "rank.exact": True, "recompute": "rope",
+            **({f"lag.{side}": p["window"] for side in SIDES} if p["window"] else {})}
+    return {**axes, **_file(p)}
+
+
+def _file(p: Mapping[str, Any]) -> Axes:
+    """The axis of given factors, if there are any."""
+    if p["factors"] is None:
+        return {}
+    if not isinstance(p["factors"], str):
+        raise RecipeError(f"factors={p['factors']}: must name a safetensors file")
+    return {"rank.factors": p["factors"]}
 
 
 def _joint(p: Mapping[str, Any]) -> Axes:
@@ -82,6 +113,8 @@ WHOLE = 1 << 16  # more kv heads than a layer has
 MULTIPLE = Param("multiple", 16, choices=(1, 2, 4, 8, 16, 32, 64), help="ranks are multiples")
 RANKS = Param("ranks", (), calibrated=True, help="[K, V] of each claimed layer: the fractions of "
               "its channels that it keeps instead of ratio; `calibrated`: by Fisher information")
+FACTORS = Param("factors", None, help="a safetensors file with factors that were trained, instead "
+                "of those found here (kvcompile/calibration/given.py)")
 WHITEN = Param("whiten", True, help="nearest on the calibration text, not in the weights")
 
 METHODS = (
@@ -133,15 +166,17 @@ METHODS = (
         params=(
             Param("ratio", 0.5, minimum=0.01, maximum=1.0, help="channels of each head that are "
                   "kept of its principal ones"),
-            RANKS,
+            replace(RANKS, help="[K, V] of each claimed layer: the fractions of its channels that "
+                    "it keeps instead of ratio; `calibrated`: by greedy search"),
+            FACTORS,
             MULTIPLE,
         ),
         axes=_matryoshka,
-        calibrate=_by_fisher,
-        note="the orthogonal projections of each head that the paper's training starts from: "
-        "principal components of rotated K and of V on a text; q and W_o absorb them. Not trained, "
-        "one rank for the heads of a layer, and ranks=calibrated is by Fisher information instead "
-        "of the paper's greedy search",
+        calibrate=_by_greed,
+        note="the orthogonal projections of each head that the paper's training starts from, "
+        "principal components of rotated K and of V on a text, or trained ones from a file; q and "
+        "W_o absorb them. One rank for the heads of a layer; the greedy search of ranks adds up "
+        "what each layer's K and V cost alone",
     ),
     Method(
         name="lorc",
@@ -157,6 +192,28 @@ METHODS = (
         axes=_lorc,
         note="SVD of all heads' weights at once; layers in between by the logarithm of the product "
         "of the condition numbers that amplify their error",
+    ),
+    Method(
+        name="cskv",
+        title="CSKV",
+        paper="arXiv:2409.10593",
+        family="low rank",
+        params=(
+            Param("ratio", 0.5, minimum=0.01, maximum=1.0, help="ranks as the kept fraction of "
+                  "the channels; those of given factors are theirs"),
+            Param("window", 32, minimum=0, help="newest tokens that stay exact; 0: those that wait "
+                  "in the recipe's own recent tier"),
+            Param("by", "asvd", choices=("asvd", "whiten", "svd"), help="SVD of W_k and W_v with "
+                  "columns scaled by the text, whitened by it, or as they are"),
+            Param("heads", WHOLE, minimum=1, help="kv heads that are factored together; all of "
+                  "them unless given"),
+            FACTORS,
+            MULTIPLE,
+        ),
+        axes=_cskv,
+        note="older tokens are latents, newer ones exact; a token is stored as what the latent "
+        "leaves of K and V beside the latent, of which only the latent stays. Factors are the "
+        "paper's starting point, or trained ones from a file; kvcompile trains nothing",
     ),
     Method(
         name="jointkv",

@@ -2,18 +2,21 @@
 
 Each kv head keeps the rotation of some of its pairs of channels, and its query heads that of the
 same pairs; the other channels (q', k') lose it. They are projections without a rotation then, which
-`project` can factor and q absorb, as in multi-head latent attention (MHA2MLA, arXiv:2502.14837).
+`project` can factor and q absorb, as in multi-head latent attention (MHA2MLA, arXiv:2502.14837). Or
+one head of rotary channels serves all kv heads (TransMLA, arXiv:2502.07864).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from kvcompile.calibration.alignment import Rotary
+from kvcompile.calibration.moments import moments
+from kvcompile.calibration.rorope import concentrate
 from kvcompile.calibration.samples import Sample, Samples
 from kvcompile.errors import RecipeError
 from kvcompile.ir import ROPE, argument, attention_nodes
@@ -23,7 +26,7 @@ from kvcompile.rewrite import Outcome, Refused, Rewritten
 from kvcompile.structure.writer import Writer
 
 aten = torch.ops.aten
-BY = ("norm", "high", "low", "uniform")
+BY = ("norm", "high", "low", "uniform", "mixed")
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,15 @@ class Partial:
 
     rope.keep   how many (a whole number), or which fraction of them
     rope.by     `norm`: those with the largest mean |q_pair| |k_pair| on the calibration text, head
-                by head; or those of the highest or lowest frequencies, or evenly spread ones
+                by head; or those of the highest or lowest frequencies, or evenly spread ones;
+                or `mixed`: in each head all lose it, and one head of mixtures of all heads' keys
+                keeps it (`kvcompile/calibration/rorope.py`)
+    rope.fold   of `mixed`: neighbouring pairs that are mixed too
     """
 
     name: ClassVar[str] = "partial"
     order: ClassVar[int] = 28
-    axes: ClassVar[tuple[str, ...]] = ("rope.keep", "rope.by")
+    axes: ClassVar[tuple[str, ...]] = ("rope.keep", "rope.by", "rope.fold")
 
     def run(self, gm: GraphModule, plan: Sequence[LayerPlan]) -> list[Outcome]:
         wanted = [i for i, p in enumerate(plan) if p.get("rope.keep") is not None]
@@ -45,26 +51,75 @@ class Partial:
             return []
         gm.meta["partial"] = True
         seen = [i for i in wanted if plan[i].get("rope.by", "norm") == "norm"]
-        if seen and "text" not in gm.meta:
-            raise RecipeError(f"{plan[seen[0]].origin['rope.keep']}: norms of queries and keys "
-                              "need a text, and a graph that arrives through the torch.compile "
-                              "backend has none")
+        nodes = attention_nodes(gm.graph)
+        made = {i: _rotated(gm, i, nodes[i]) for i in wanted}
+        mixed = [i for i in wanted if plan[i].get("rope.by") == "mixed"]
+        if (seen or mixed) and "text" not in gm.meta:
+            raise RecipeError(f"{plan[(seen or mixed)[0]].origin['rope.keep']}: norms of queries "
+                              "and keys need a text, and a graph that arrives through the "
+                              "torch.compile backend has none")
         samples = Samples(gm, gm.meta["text"](), seen).attention if seen else []
         found = dict(zip(seen, samples, strict=True))
-        return [_layer(gm, i, plan[i], found.get(i)) for i in wanted]
+        keys = {i: x[1].node for i in mixed if not isinstance(x := made[i], Refused)}
+        known = moments(gm, list(keys.values())) if keys else {}
+        return [x if isinstance(x := made[i], Refused) else
+                _mixed(gm, i, nodes[i], x, plan[i], known[keys[i]].second) if i in keys else
+                _layer(gm, i, nodes[i], x, plan[i], found.get(i)) for i in wanted]
 
 
-def _layer(gm: GraphModule, layer: int, plan: LayerPlan, seen: Sample | None) -> Outcome:
-    node = attention_nodes(gm.graph)[layer]
+def _rotated(gm: GraphModule, layer: int, node: Node) -> list[Target] | Refused:
+    """The projections of q and k, both of which are rotated."""
     found = both(gm, node, "qk", layer)
-    if isinstance(found, Refused):
+    if isinstance(found, Refused) or all(x.linear.rope for x in found):
         return found
+    return Refused(layer, "keys are not rotated", node.name)
+
+
+def _tables(k: Target) -> tuple[Node, Node, str, Tensor]:
+    """cos, sin and style of k's rotation, and the pairs of channels that it turns."""
+    cos, sin, style = (argument(cast(Node, k.linear.rope), n) for n in ("cos", "sin", "style"))
+    return cos, sin, style, Rotary(int(cos.meta["val"].shape[-1]), style).pairs()
+
+
+def _mixed(gm: GraphModule, layer: int, node: Node, found: list[Target], plan: LayerPlan,
+           second: Tensor) -> Outcome:
+    """q, k -> [q, rope(q')], [k - .., rope(k') for all heads]: k' is one head of mixtures."""
     q, k = found
-    turned = k.linear.rope
-    if turned is None or q.linear.rope is None:
-        return Refused(layer, "keys are not rotated", node.name)
-    cos, sin, style = (argument(turned, n) for n in ("cos", "sin", "style"))
-    pairs = Rotary(int(cos.meta["val"].shape[-1]), style).pairs()
+    cos, sin, style, pairs = _tables(k)
+    fold: Any = plan.get("rope.fold", 1)
+    if len(pairs) % fold:
+        raise RecipeError(f"{plan.origin['rope.fold']}: {fold} does not divide the {len(pairs)} "
+                          f"rotary pairs of layer {layer}")
+    heads, dim = k.linear.rows.shape
+    if heads == 1 and fold == 1:
+        return Refused(layer, "one kv head has all of the rotation", node.name)
+    weights = [_with_bias(x) for x in found]
+    made = concentrate(weights[0].cpu(), weights[1].cpu(), second.cpu(), pairs, fold)
+    write = _Side(gm, node, layer)
+    with gm.graph.inserting_before(node):
+        for side, target, still, turned in (
+                ("q", q, weights[0], made.q_turned), ("k", k, made.k, made.k_turned[None])):
+            rest, x = (write.made(side, n, target, w) for n, w in (("still", still),
+                                                                   ("turned", turned)))
+            x = write.rope(x, cos, sin, style=style)
+            if side == "k":
+                x = write.call(aten.expand.default, x, [-1, heads, -1, -1])
+            new = write.call(aten.cat.default, [rest, x], -1)
+            node.replace_input_with(argument(node, side), new)
+    return Rewritten(layer, f"one rotary head of {pairs.numel()} channels for {heads} kv heads, "
+                            f"{made.carried:.1%} of their squares")
+
+
+def _with_bias(x: Target) -> Tensor:
+    """[heads, D, in], or in + 1 with the bias, in fp64."""
+    weight = x.weight if x.bias is None else torch.cat([x.weight, x.bias[:, None]], 1)
+    return weight.double().unflatten(0, x.linear.rows.shape)
+
+
+def _layer(gm: GraphModule, layer: int, node: Node, found: list[Target], plan: LayerPlan,
+           seen: Sample | None) -> Outcome:
+    q, k = found
+    cos, sin, style, pairs = _tables(k)
     asked: Any = plan.get("rope.keep")
     count = asked if isinstance(asked, int) else max(1, round(asked * len(pairs)))
     if count >= len(pairs):
@@ -127,6 +182,18 @@ class _Side(Writer):
             args.append(self.buffer(f"{name}_bias", rows(made.bias), (str(made.linear.bias),)))
         out = self.call(aten.linear.default, *args)
         out = self.call(aten.unflatten.int, out, -1, list(size))
+        return self.call(aten.transpose.int, out, 1, 2)
+
+    def made(self, side: str, name: str, source: Target, weight: Tensor) -> Node:
+        """[B, heads, S, n]: weight [heads, n, in] of what `source` reads, with a bias perhaps."""
+        x = per_token(self, source.linear.input, argument(self.node, "positions"))
+        name, width = f"layer{self.layer}_{side}_{name}", source.weight.shape[1]
+        flat, size = weight.flatten(0, 1).to(source.weight), [*weight.shape[:2]]
+        args = [x, self.buffer(name, flat[:, :width], (source.linear.weight,))]
+        if source.bias is not None:
+            args.append(self.buffer(f"{name}_bias", flat[:, width], (str(source.linear.bias),)))
+        out = self.call(aten.linear.default, *args)
+        out = self.call(aten.unflatten.int, out, -1, size)
         return self.call(aten.transpose.int, out, 1, 2)
 
     def table(self, table: Node, at: Tensor, known: dict[Any, Node]) -> Node:

@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 from kvcompile.errors import RecipeError
 from kvcompile.format import bits_per_element
 from kvcompile.ir import ATTENTION, ROPE, argument, attention_nodes
+from kvcompile.kernels.tail import without
 from kvcompile.passes.absorb import Absorber
 from kvcompile.passes.mincut import INFINITE, Network
 from kvcompile.plan import LayerPlan
@@ -80,18 +81,24 @@ class Place:
                            mixed.args[0].name)
         if reason := self.fault(region, layout, k, v):
             return Refused(layer, f"K and V stay: {reason}", chosen[0].name)
+        apart = region.apart(layout)
         Absorber(gm, node).rewrite(layout, k, v, kept)
+        if any(apart):
+            store = without(Store.parse(argument(node, "store")), apart)
+            node.kwargs = {**node.kwargs, "store": str(store)}
         names = ", ".join(n.name for n in chosen)
         inside = f", V is {layout.v.shape[1]} of them" if layout.v_in_k else ""
         rebuilt = ", K is rebuilt at read" if k.rope is not None else ""
-        return Rewritten(layer, f"caches {names}: {layout.numbers} numbers a token instead of {own}"
+        numbers = layout.numbers - layout.groups * sum(apart)
+        return Rewritten(layer, f"caches {names}: {numbers} numbers a token instead of {own}"
                                 f"{inside}{rebuilt}")
 
     def fault(self, region: "_Region", layout: Layout, k: Made, v: Made) -> str:
         """Why the layout cannot be taken, or nothing."""
         node, store = region.node, region.planned
         biased = [n for n in ("softcap", "sinks") if argument(node, n)]
-        dims = (layout.k.shape[1], layout.v.shape[1])
+        dims = tuple(int(x.shape[1]) - n for x, n in zip(
+            (layout.k, layout.v), region.apart(layout), strict=True))
         if layout.v_in_k:
             store = store.with_v_in_k()
         for side, dim in zip(store.sides, dims, strict=False):
@@ -197,7 +204,20 @@ class _Region:
                                     value.dtype, "k" if side == "k" else "v")
         except RecipeError:
             each = 8.0 * value.dtype.itemsize
-        return width(node) * each
+        first, groups = node.meta.get("apart", (0, 1))
+        return (width(node) - first * groups) * each
+
+    def apart(self, layout: Layout) -> tuple[int, int]:
+        """Of K and of V, how many of the first numbers of a stored head only the newest tokens
+        keep: of a node's `groups` equal parts the `first` ones, where its meta has `apart`."""
+        at, lost = 0, set[int]()
+        for n in layout.nodes:
+            first, groups = n.meta.get("apart", (0, 1))
+            each = width(n) // groups
+            lost |= {at + g * each + i for g in range(groups) for i in range(first)}
+            at += width(n)
+        k, v = (sum(x in lost for x in side[0].tolist()) for side in (layout.k, layout.v))
+        return k, v
 
     def behind(self, cut: set[Node]) -> list[Node]:
         """The tensors of `cut` that this layer reads."""

@@ -12,9 +12,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
-from kvcompile.calibration.factor import factor, rank_of, spectrum
+from kvcompile.calibration.factor import Factors, factor, rank_of, spectrum
+from kvcompile.calibration.given import given
+from kvcompile.calibration.moments import moments as moments_of
 from kvcompile.errors import RecipeError
 from kvcompile.ir import argument, attention_nodes
 from kvcompile.passes.targets import Target, per_token, target, whole
@@ -37,17 +39,21 @@ class Project:
     rank.least    layers get fractions from rank.k and rank.v down to this one (`progressive`)
     rank.joint    whether K and V of a group share one latent; its rank is a fraction of both
     rank.multiple ranks are multiples of this many
-    rank.text     whether W is whitened by what the calibration text makes of it
+    rank.text     whether W is whitened by what the calibration text makes of it; `scale`: only its
+                  columns are scaled, by the root of E |x| (ASVD, arXiv:2312.05821)
+    rank.factors  instead: a file that has A and B (`kvcompile/calibration/given.py`)
     rank.rotate   whether latents are turned by a Hadamard matrix
     rank.after    whether K is factored as attention is given it, after its rotation, instead of
                   its weight: K_g = U_g U_g^T K_g, and q absorbs U_g
+    rank.exact    whether the newest tokens, those in the recent tier, are exact:
+                  K_g = [1, B_g] [W_g - B_g A_g; A_g] x, of which older tokens lose the first part
     """
 
     name: ClassVar[str] = "project"
     order: ClassVar[int] = 30
     axes: ClassVar[tuple[str, ...]] = tuple(f"rank.{x}" for x in (
         "k", "v", "heads", "heads.v", "energy", "least", "joint", "multiple", "text", "rotate",
-        "after"))
+        "after", "exact", "factors"))
 
     def run(self, gm: GraphModule, plan: Sequence[LayerPlan]) -> list[Outcome]:
         nodes = attention_nodes(gm.graph)
@@ -57,8 +63,8 @@ class Project:
                  if own.get(f"rank.{side}") is not None}
         targets = {key: t for key, t in found.items() if isinstance(t, Target)}
         outcomes: list[Outcome] = [t for t in found.values() if isinstance(t, Refused)]
-        moments = _moments(gm, [t.linear.input for (layer, _), t in targets.items()
-                                if plan[layer].get("rank.text")])
+        seen = _seen(gm, [t.linear.input for (layer, _), t in targets.items()
+                          if plan[layer].get("rank.text") and not plan[layer].get("rank.factors")])
         own = [layer for layer, p in enumerate(plan) if p.get("rank.least") is not None]
         steps = progressive([[t.weight for (at, _), t in targets.items() if at == layer]
                              for layer in own])
@@ -74,7 +80,7 @@ class Project:
                 if layer in own:
                     least: Any = settings.get("rank.least")
                     wanted = wanted - steps[own.index(layer)] * (wanted - least)
-                inputs = moments.get(sides[0][1].linear.input)
+                inputs = seen.get((sides[0][1].linear.input, settings.get("rank.text")))
                 outcomes.append(_rewrite(gm, layer, dict(sides), settings, wanted, inputs,
                                          argument(nodes[layer], "positions")))
         gm.graph.eliminate_dead_code()
@@ -114,15 +120,24 @@ def _rewrite(gm: GraphModule, layer: int, sides: dict[str, Target], plan: LayerP
     size = {s: _size(w, inputs) for s, w in weights.items()}
     scale = {s: size[next(iter(sides))] / size[s] for s in sides}
     both = torch.cat([weights[s] * scale[s] for s in sides], 1)  # [groups, channels, in]
-    moments = [w @ w.t() if inputs is None else w @ inputs @ w.t() for w in both]
-    ranks = [rank_of(wanted, energy, spectrum(m)[0], multiple)  # type: ignore[arg-type]
-             for m in moments]
-    rank = max(ranks)  # groups are stored side by side: they have one rank
-    if rank < 1:
-        raise RecipeError(f"{plan.origin['rank.heads']}: a rank of {rank} keeps nothing")
-    rotate = bool(plan.get("rank.rotate", False))
-    made = [factor(w, m, rank, rotate) for w, m in zip(both, moments, strict=True)]
     write, dtype = Writer(gm, first.node), first.weight.dtype
+    if file := plan.get("rank.factors"):
+        after = bool(plan.get("rank.after"))  # the latents are in order
+        rank = rank_of(wanted, None, both[0, :, 0], multiple) if after else 0  # type: ignore[arg-type]
+        made = given(str(file), layer, next(iter(sides)), groups, both.flatten(0, 1), rank)
+    else:
+        moments = [w @ w.t() if inputs is None else w @ inputs @ w.t() for w in both]
+        ranks = [rank_of(wanted, energy, spectrum(m)[0], multiple)  # type: ignore[arg-type]
+                 for m in moments]
+        if max(ranks) < 1:
+            raise RecipeError(f"{plan.origin['rank.heads']}: a rank of {max(ranks)} keeps nothing")
+        rotate = bool(plan.get("rank.rotate", False))  # groups lie side by side: they have one rank
+        made = [factor(w, m, max(ranks), rotate, even=not plan.get("rank.after"))
+                for w, m in zip(both, moments, strict=True)]
+    rank, apart = made[0].up.shape[1], 0
+    if plan.get("rank.exact"):
+        apart, made = both.shape[1], [_beside(w, f, dtype) for w, f in zip(both, made, strict=True)]
+    width = apart + rank
     source = tuple(t.linear.weight for t in sides.values() if t.linear.weight)
     name = "".join(sides)
     users = {s: list(t.node.users) for s, t in sides.items()}
@@ -130,12 +145,14 @@ def _rewrite(gm: GraphModule, layer: int, sides: dict[str, Target], plan: LayerP
         down = write.buffer(f"layer{layer}_{name}_down",
                             torch.cat([f.down for f in made]).to(dtype), source)
         x = write.call(aten.linear.default, per_token(write, first.linear.input, positions), down)
+        x.meta["apart"] = (apart, groups)  # what only the newest tokens keep (`place`)
         at = 0
         for side, t in sides.items():
             channels, parts = weights[side].shape[1], []
             for g, f in enumerate(made):
                 part = x if groups == 1 else write.call(
-                    aten.slice.Tensor, x, -1, g * rank, (g + 1) * rank)
+                    aten.slice.Tensor, x, -1, g * width, (g + 1) * width)
+                part.meta["apart"] = (apart, groups if part is x else 1)
                 up = (f.up[at : at + channels] / scale[side]).to(dtype)
                 args = [part, write.buffer(f"layer{layer}_{side}_up{g}", up, source)]
                 if t.bias is not None:
@@ -150,8 +167,16 @@ def _rewrite(gm: GraphModule, layer: int, sides: dict[str, Target], plan: LayerP
                 user.replace_input_with(t.node, out)
             at += channels
     kept = sum(f.kept for f in made) / len(made)
+    newest = ", all of the newest tokens" * bool(apart)
     return Rewritten(layer, f"{' and '.join(sides)} {groups} x rank {rank} of {both.shape[1]}, "
-                            f"{kept:.1%} kept")
+                            f"{kept:.1%} kept{newest}")
+
+
+def _beside(weight: Tensor, made: Factors, dtype: torch.dtype) -> Factors:
+    """W = [1, B] [W - B A; A], of B and A as they are in `dtype`."""
+    down, up = (x.to(dtype).double() for x in (made.down, made.up))
+    one = torch.eye(len(weight), dtype=up.dtype, device=up.device)
+    return Factors(torch.cat([weight - up @ down, down]), torch.cat([one, up], 1), made.kept)
 
 
 def _size(weights: Tensor, inputs: Tensor | None) -> float:
@@ -160,35 +185,17 @@ def _size(weights: Tensor, inputs: Tensor | None) -> float:
     return float(moment.diagonal(dim1=-2, dim2=-1).sum().sqrt())
 
 
-def _moments(gm: GraphModule, nodes: list[Node]) -> dict[Node, Tensor]:
-    """E[x x^T] [in, in] of projections' inputs on the calibration text; none, if none is asked."""
+def _seen(gm: GraphModule, nodes: list[Node]) -> dict[tuple[Node, object], Tensor]:
+    """Of projections' inputs on the calibration text, by what `rank.text` asks for: E[x x^T], both
+    [in, in], for true, the diagonal of E|x| for `scale`; none, if none is asked."""
     if not nodes:
         return {}
     if "text" not in gm.meta:
         raise RecipeError("whitening needs a text, and a graph that arrives through the "
-                          "torch.compile backend has none: whiten=false")
-    ids = gm.meta["text"]()
-    positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape[0], -1)
-    run = _Second(gm, set(nodes))
-    with torch.no_grad():
-        run.run(ids, positions, torch.ones_like(ids, dtype=torch.bool), positions[0, -1:])
-    return run.found
-
-
-class _Second(Interpreter):
-    """Runs a graph and keeps second moments of some nodes."""
-
-    def __init__(self, gm: GraphModule, nodes: set[Node]) -> None:
-        super().__init__(gm)
-        self.nodes, self.found = nodes, dict[Node, Tensor]()
-
-    def run_node(self, n: Node) -> Any:
-        out = super().run_node(n)
-        if n in self.nodes:
-            x = out.transpose(1, 2).flatten(2) if out.dim() == 4 else out  # K or V themselves
-            x = x.flatten(0, -2).double()
-            self.found[n] = x.t() @ x / len(x)
-        return out
+                          "torch.compile backend has none: give whiten=false or by=svd")
+    found = moments_of(gm, nodes)
+    return {**{(n, True): x.second for n, x in found.items()},
+            **{(n, "scale"): x.size.diag() for n, x in found.items()}}
 
 
 PASS = Project()

@@ -9,6 +9,7 @@ from torch.fx import GraphModule
 from kvcompile.errors import RecipeError
 from kvcompile.format import bits_per_element, term_of
 from kvcompile.ir import argument, attention_nodes
+from kvcompile.kernels.tail import dropped, without
 from kvcompile.plan import LayerPlan
 from kvcompile.rewrite import Outcome, Rewritten
 from kvcompile.store import SIDES, Store
@@ -36,6 +37,7 @@ class Quantize:
             old = Store.parse(argument(node, "store"))
             store = replace(Store.of({**axes, "v_in_k": old.v_in_k}), sinks=old.sinks,
                             window=old.window, side_by_side=old.side_by_side)
+            store = without(store, dropped(old))
             words = []
             for side in store.sides:
                 value = argument(node, side).meta["val"]

@@ -73,9 +73,16 @@ def both(gm: GraphModule, node: Node, sides: str, layer: int) -> list[Target] | 
 def _unrotated(node: Node) -> Node:
     """`node`, or of channels that are rotated beside others that are not those others."""
     if packet(node) is aten.cat and len(parts := node.all_input_nodes) == 2:
-        still = [n for n in parts if n.target is not ROPE]
+        still = [n for n in parts if not _turned(n)]
         return still[0] if len(still) == 1 else node
     return node
+
+
+def _turned(node: Node) -> bool:
+    """Whether `node` is a rotation, of one head for all perhaps."""
+    while moves(node) and len(feeds(node)) == 1:
+        node = feeds(node)[0]
+    return node.target is ROPE
 
 
 def whole(gm: GraphModule, node: Node, side: str, layer: int) -> Target | Refused | None:

@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import kvcompile
+from kvcompile.kernels.tail import dropped
 from kvcompile.models.smollm2 import smollm2, topics_ids
 
 TOKENS, TEXTS, CALIBRATION = 512, 4, 8
@@ -20,7 +21,9 @@ RECIPES = (
     "full", *(f"palu(ratio={r})" for r in (0.9, 0.7, 0.5, 0.3)),
     *(f"palu(ratio={r}, ranks=calibrated)" for r in (0.7, 0.5)),
     *(f"matryoshkakv(ratio={r})" for r in (0.75, 0.5)), "mha2mla(rope=0.5, ratio=0.75)", "mha2mla",
-    "gqa(heads=3)", "gqa(heads=3, align=true)", "gqa(heads=3, by=svd)")
+    *(f"transmla(ratio={r}, fold={n})" for r, n in ((0.67, 1), (0.67, 4), (0.375, 1), (0.375, 4))),
+    "gqa(heads=3)", "gqa(heads=3, align=true)", "gqa(heads=3, by=svd)",
+    *(f"cskv(ratio=0.5{more})" for more in ("", ", window=128", ", by=whiten", ", by=svd")))
 
 
 @torch.no_grad()
@@ -38,7 +41,8 @@ def main(recipes: tuple[str, ...]) -> None:
     print("| recipe | numbers stored of a token and layer | perplexity |\n|---|---|---|")
     for recipe in recipes:
         program = start.lower(recipe, calibration=ids[TEXTS:])
-        numbers = sum(s.exact_bytes_per_token for s in program.sites) / 4 / len(program.sites)
+        numbers = sum(s.exact_bytes_per_token / 4 - s.heads * sum(dropped(s.store))
+                      for s in program.sites) / len(program.sites)
         print(f"| `{recipe}` | {numbers:g} | {perplexity(program, ids[:TEXTS]):.2f} |", flush=True)
 
 

@@ -20,10 +20,15 @@ RECIPES = (
     "full", "int8", "kivi(bits=4)", "kivi(bits=2)",
     *(f"minicache(start={start})" for start in (0.9, 0.8, 0.7, 0.5)),
     "minicache(start=0.9)+kivi(bits=4)", "minicache+kivi(bits=4)", "minicache+kivi(bits=2)",
-    "minicache(retained=0.2)", "minicache(retained=0.5)",
-    *(f"kvsharer(shared={n}, threshold=-1)" for n in (1, 2, 4)), "kvsharer(shared=2)",
+    "minicache(pairs=calibrated)", "minicache(retained=0.2)", "minicache(retained=0.5)",
+    *(f"kvsharer(shared={n}, threshold=-1)" for n in (1, 2, 4)),
     "kvsharer(shared=2, threshold=-1)+int8",
-    *(f"minicache(start={start}, align=true)" for start in (0.9, 0.8, 0.7, 0.5)))
+    *(f"palu(ratio={r}{ranks})" for r in (0.7, 0.5) for ranks in ("", ", ranks=calibrated")),
+    "palu(ratio=0.5)+kivi(bits=4)", "palu(ratio=0.5)+kivi(bits=2)", "pod", "xkv",
+    "xkv+kivi(bits=4)",
+    *(f"minicache(start={start}, align=true)" for start in (0.9, 0.8, 0.7, 0.5)),
+    *(f"minicache(start={start}, align=true)+kivi(bits=4)" for start in (0.9, 0.8, 0.5)),
+    "minicache(pairs=calibrated, align=true)", "minicache(retained=0.2, align=true)")
 
 
 def texts(tokenizer) -> torch.Tensor:

@@ -33,8 +33,8 @@ def slow_but(quick, values):
 
 # methods whose steps take long to compile or to interpret, and whose formats and tiers others
 # have; what is registered anew is not here
-LONG = ("gear", "kvquant", "kvtuner", "mha2mla", "mikv", "pod", "quarot", "rtn", "xquant",
-        "zipcache")
+LONG = ("gear", "kvquant", "kvtuner", "mha2mla", "mikv", "pod", "quarot", "rtn", "transmla",
+        "xquant", "zipcache")
 
 
 @cache

@@ -106,6 +106,29 @@ def test_what_is_refused(found, tmp_path):
     path.write_text(json.dumps({**content, "version": 99}))
     with pytest.raises(KVCompileError, match="has version 99, this kvcompile reads 1"):
         kvcompile.load(tmp_path, plain("llama:2"))
-    path.write_text("{")
+    for text, why in ((b"{", "cannot be read"), (b"\xff\xfe", "cannot be read"),
+                      (b"[]", "is no kvcompile optimized"),
+                      (b'{"kvcompile": "optimized"}', "has version None"),
+                      (b'{"kvcompile": "optimized", "version": 1}', "recipe is missing")):
+        path.write_bytes(text)
+        with pytest.raises(KVCompileError, match=why) as error:
+            kvcompile.load(tmp_path, plain("llama:2"))
+        assert "\n" not in str(error.value)
+    found.save(tmp_path / "found")
+    (tmp_path / "found" / "calibration.safetensors").write_bytes(b"nothing")
     with pytest.raises(KVCompileError, match="cannot be read"):
-        kvcompile.load(tmp_path, plain("llama:2"))
+        kvcompile.Calibration.load(tmp_path / "found")
+    with pytest.raises(KVCompileError, match="cannot be read|holds no kvcompile"):
+        kvcompile.Calibration.load(path)  # a file, where a folder should be
+    wide = tiny("llama", num_hidden_layers=2, intermediate_size=96)
+    with pytest.raises(KVCompileError, match="intermediate_size"):
+        kvcompile.optimize(wide, RECIPE, calibration=found, compile=False)
+
+
+@pytest.mark.parametrize("change, why", [(1000, "the token id 1000, the model knows 0 to 127"),
+                                         (-1, "the token id -1")])
+def test_ids_of_another_tokenizer_are_refused(change, why):
+    ids = prompt(64, 1)
+    ids[0, 5] = change
+    with pytest.raises(KVCompileError, match=why):
+        kvcompile.calibrate(optimized("llama:2"), "int8", ids)

@@ -16,7 +16,7 @@ from kvcompile.rows import bytes_per_token
 from kvcompile.site import sites
 
 GOLDEN = Path(__file__).parent / "golden"
-LATENT = ("deepseek_v2:2", pytest.param("deepseek_v3:2", marks=pytest.mark.slow))
+LATENT = ("deepseek_v2:2", "deepseek_v3:1")
 OTHERS = ("llama", "qwen3", "gpt2", "phi3", "gemma2",
           pytest.param("gpt_oss", marks=pytest.mark.slow))
 

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support import optimized, prompt
 from test_project import logits
 
 import kvcompile
 from kvcompile.calibration.fisher import fisher, shares
+from kvcompile.calibration.greedy import costs as measured
+from kvcompile.calibration.greedy import greedy
 from kvcompile.calibration.samples import Samples
 from kvcompile.errors import RecipeError
 from kvcompile.ir import attention_nodes
@@ -36,6 +39,7 @@ def test_fisher_information_is_that_of_the_weights():
 def test_shares_are_in_proportion_and_at_most_all():
     assert shares([1, 1, 2], [8, 8, 8], 0.5) == pytest.approx([3 / 8, 3 / 8, 6 / 8])
     assert shares([1, 1, 8], [8, 8, 8], 0.5) == pytest.approx([2 / 8, 2 / 8, 1])
+    assert shares([1, 3, 16], [8, 8, 8], 0.5) == pytest.approx([1.4 / 8, 2.6 / 8, 1])
     assert shares([0, 0], [8, 8], 0.25) == pytest.approx([0.25, 0.25])
     assert shares([1, 2, 3], [8, 4, 8], 1.0) == pytest.approx([1, 1, 1])
 
@@ -88,6 +92,57 @@ def test_projections_are_exact_at_full_rank_and_worse_below():
         errors.append(float((logits(made, ids) - want).norm() / want.norm()))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] <= 512 * EPS and errors[0] > 0.01
+
+
+def test_greedy_ranks_cut_what_costs_least():
+    """By hand: the cheapest quarter per channel first; then by what each layer costs alone."""
+    costs = {"a": [0, 1, 2, 8], "b": [0, 5, 6, 7], "c": [0, 3, 9, 10]}
+    sizes = {"a": 8, "b": 8, "c": 16}
+    for ratio, kept in ((0.9, (0.5, 1, 1)), (0.8, (0.5, 1, 0.75)), (0.7, (0.5, 1, 0.5)),
+                        (0.6, (0.5, 1, 0.25))):
+        found = greedy(costs, sizes, ratio)
+        assert found == dict(zip("abc", kept, strict=True)), ratio
+        assert sum(sizes[k] * x for k, x in found.items()) <= ratio * 32
+    base, ids = optimized("llama").kvcompile.program, prompt(64, batch=2)
+    alone = measured(Samples(base.graph_module, ids))
+    exact = logits(base, ids).log_softmax(-1)
+    for side, own in (("k", "0.5, 1.0"), ("v", "1.0, 0.5")):
+        made = base.lower(f"matryoshkakv(ranks=[[{own}]], multiple=1, layers=2)", calibration=ids)
+        off = (exact.exp() * (exact - logits(made, ids).log_softmax(-1))).sum(-1).mean()
+        assert alone[2, side][2] == pytest.approx(float(off), rel=1e-3, abs=1e-7)
+        assert 0 == alone[2, side][0] < alone[2, side][1] < alone[2, side][3]
+    program = base.lower("matryoshkakv(ranks=calibrated, multiple=1)", calibration=ids)
+    (term,) = program.recipe.terms
+    assert [s.dims for s in program.sites] == [
+        tuple(round(16 * x) for x in own) for own in term.get("ranks")]
+    assert sum(sum(s.dims) for s in program.sites) <= 0.5 * 32 * len(program.sites)
+    with pytest.raises(RecipeError, match="keeps at least 1 / 4"):
+        base.lower("matryoshkakv(ratio=0.2, ranks=calibrated)", calibration=ids)
+
+
+def test_bases_may_be_given(tmp_path):
+    """As a training would leave them: any orthonormal directions, the first of them kept."""
+    base, ids, heads = optimized("llama:2").kvcompile.program, prompt(60), 2
+    g, tensors = torch.Generator().manual_seed(0), {}
+    for i in range(2):
+        for side in "kv":
+            turned = [torch.linalg.qr(torch.randn(16, 16, generator=g))[0] for _ in range(heads)]
+            tensors[f"layers.{i}.self_attn.{side}_proj_b.weight"] = torch.cat(turned)
+    save_file(tensors, tmp_path / "bases.safetensors")
+    recipe = f'matryoshkakv(ratio=RATIO, multiple=1, factors="{tmp_path}/bases.safetensors")'
+    program = base.lower(recipe.replace("RATIO", "0.25"))
+    want = Samples(base.graph_module, ids).attention[0]
+    got = Samples(program.after("project").graph_module, ids).attention[0]
+    for side in "kv":
+        u = tensors[f"layers.0.self_attn.{side}_proj_b.weight"].unflatten(0, (2, 16))[..., :4]
+        x, y = (getattr(s, side)[0] for s in (want, got))
+        assert (x @ u @ u.mT - y).abs().max() <= 1e-5 * x.abs().max()
+    whole = logits(base.lower(recipe.replace("RATIO", "1.0")), ids)
+    assert (whole - logits(base, ids)).abs().max() <= 512 * EPS * whole.abs().max()
+    tensors["layers.1.self_attn.v_proj_b.weight"] *= 2
+    save_file(tensors, tmp_path / "bases.safetensors")
+    with pytest.raises(RecipeError, match=r"layers.1.self_attn.v_proj_b is not orthonormal"):
+        base.lower(recipe.replace("RATIO", "0.5"))
 
 
 def test_heads_that_norms_stand_before_can_be_projected_too():

@@ -32,8 +32,8 @@ template <class C> struct Making {
             store(two, fma(b, cosine, a * sine));
         }
     }
-    // x [DQ][16] = B s + b of one of the kv head's keys, s [DK][16]
-    void widen(int key, const float (*s)[16], float (*x)[16]) const {
+    // x [DQ][16] = B s + b of one of the kv head's keys, s [DK][16] of which the first ZEROS are 0
+    template <int ZEROS = 0> void widen(int key, const float (*s)[16], float (*x)[16]) const {
         if constexpr (C::BASIS) {
             constexpr int some = 8;  // channels at a time
             for (int d = 0; d < C::DQ; d += some) {
@@ -42,7 +42,7 @@ template <class C> struct Making {
                 for (int i = 0; i < some; i++) sum[i] = set(C::OFFSET && i < left ? offset[key * C::DQ + d + i] : 0.0f);
                 const float* rows[some];
                 for (int i = 0; i < some; i++) rows[i] = basis + ((long)key * C::DQ + d + std::min(i, left - 1)) * C::DK;
-                for (int r = 0; r < C::DK; r++) {
+                for (int r = ZEROS; r < C::DK; r++) {
                     vf stored = load(s[r]);
                     for (int i = 0; i < some; i++) sum[i] = fma(set(rows[i][r]), stored, sum[i]);
                 }
@@ -75,10 +75,11 @@ inline void made_logits(const Tier& tier, long page, const Making<C>& making, lo
     float (*rows)[C::DK] = (float (*)[C::DK])room.data();
     float (*s)[16] = (float (*)[16])(room.data() + PAGE * C::DK), (*x)[16] = s + C::DK;
     alignas(64) float c[PAIRS + 1][16], sn[PAIRS + 1][16];
+    constexpr int none = C::BASIS ? zeros<Reader> : 0;
     const int first = from / 16, last = (to + 15) / 16;
     Reader(tier.plane, page).rows(first, last, rows);
     for (int group = first; group < last; group++) {
-        for (int d = 0; d < C::DK; d += 16) {
+        for (int d = none; d < C::DK; d += 16) {
             vf some[16];
             for (int t = 0; t < 16; t++) some[t] = load(rows[group * 16 + t] + d);
             transpose(some);
@@ -86,7 +87,7 @@ inline void made_logits(const Tier& tier, long page, const Making<C>& making, lo
         }
         if constexpr (PAIRS > 0) making.angles(number + group * 16, c, sn);
         for (int key = ROW / each; key <= (ROW + R - 1) / each; key++) {
-            making.widen(key, s, x);
+            making.template widen<none>(key, s, x);
             if constexpr (PAIRS > 0) making.turn(x, c, sn);
             vf sum[R];
             for (int r = 0; r < R; r++) sum[r] = set(0.0f);

@@ -1,7 +1,7 @@
 """Artefacts of a model in folders, a JSON and a safetensors file; what calibration found."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from kvcompile.errors import KVCompileError
 from kvcompile.recipe import Recipe
 
 VERSION = 1
-OF_A_MODEL = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers",
+OF_A_MODEL = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
               "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window")
 
 
@@ -46,8 +46,10 @@ def write(folder: str | Path, kind: str, content: Mapping[str, Any],
     (folder / f"{kind}.json").write_text(text + "\n")
 
 
-def read(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `write` wrote; KVCompileError for anything else."""
+def read(folder: str | Path, kind: str, keys: Sequence[str] = (), names: Sequence[str] = ()
+         ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `write` wrote, with these keys and tensors at least; KVCompileError for anything else.
+    """
     path = Path(folder) / f"{kind}.json"
     try:
         content = json.loads(path.read_text())
@@ -55,13 +57,16 @@ def read(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tenso
     except FileNotFoundError as error:
         raise KVCompileError(f"{folder} holds no kvcompile {kind}: {error.filename or error} is "
                              "missing") from None
-    except (json.JSONDecodeError, SafetensorError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         raise KVCompileError(f"{path}: cannot be read: {error}") from None
     if not isinstance(content, dict) or content.get("kvcompile") != kind:
         raise KVCompileError(f"{path} is no kvcompile {kind}")
-    if content["version"] != VERSION:
-        raise KVCompileError(f"{path} has version {content['version']}, this kvcompile reads "
+    if content.get("version") != VERSION:
+        raise KVCompileError(f"{path} has version {content.get('version')}, this kvcompile reads "
                              f"{VERSION}")
+    lacks = [*(key for key in keys if key not in content), *(n for n in names if n not in tensors)]
+    if lacks:
+        raise KVCompileError(f"{path}: {lacks[0]} is missing")
     return content, tensors
 
 
@@ -100,7 +105,7 @@ class Calibration:
     @staticmethod
     def load(folder: str | Path) -> "Calibration":
         """What `save` wrote."""
-        content, tensors = read(folder, "calibration")
+        content, tensors = read(folder, "calibration", ("recipe", "found", "model"), ("ids",))
         ids = tensors.pop("ids")
         return Calibration(Recipe.parse(content["recipe"]), Recipe.parse(content["found"]), ids,
                            tensors, content["model"])

@@ -19,8 +19,8 @@ from kvcompile.recipe import Recipe
 from kvcompile.show import progress
 
 
-def calibrate(model: PreTrainedModel, recipe: str | Recipe, texts: Tensor | Sequence[str], *,
-              tokenizer: Any = None, tokens: int = 256) -> Calibration:
+def calibrate(model: PreTrainedModel, recipe: str | Recipe, texts: Tensor | str | Sequence[str],
+              *, tokenizer: Any = None, tokens: int = 256) -> Calibration:
     """Let the methods of `recipe` look at texts once; `optimize(calibration=)` takes the result.
 
     texts   token ids [texts, tokens], or texts, of which `tokenizer` makes one row each; texts of
@@ -30,6 +30,10 @@ def calibrate(model: PreTrainedModel, recipe: str | Recipe, texts: Tensor | Sequ
     """
     ids, recipe = checked(_ids(texts, tokenizer, tokens)), Recipe.parse(recipe)
     base = model.kvcompile.model if isinstance(model, Optimized) else model
+    known = base.get_input_embeddings().weight.shape[0]
+    if wrong := [x for x in (int(ids.min()), int(ids.max())) if not 0 <= x < known]:
+        raise KVCompileError(f"calibration holds the token id {wrong[0]}, the model knows 0 to "
+                             f"{known - 1}: it is another tokenizer's")
     with progress("capturing the model"):
         program = (model.kvcompile.program.lower("full") if isinstance(model, Optimized)
                    else capture(model, "full"))
@@ -59,7 +63,8 @@ def load(folder: str | Path, model: PreTrainedModel | None = None, *,
 
     Raises KVCompileError if `model` is another one.
     """
-    content, tensors = artefacts.read(folder, "optimized")
+    content, tensors = artefacts.read(folder, "optimized", (
+        "recipe", "max_length", "prefill_chunk", "model", "weights"))
     if model is None:
         name = content["weights"]
         try:
@@ -73,10 +78,11 @@ def load(folder: str | Path, model: PreTrainedModel | None = None, *,
                     prefill_chunk=content["prefill_chunk"], calibration=tensors.get("ids"))
 
 
-def _ids(texts: Tensor | Sequence[str], tokenizer: Any, tokens: int) -> Tensor:
+def _ids(texts: Tensor | str | Sequence[str], tokenizer: Any, tokens: int) -> Tensor:
     """[texts, tokens]."""
     if isinstance(texts, Tensor):
         return texts
+    texts = [texts] if isinstance(texts, str) else texts
     if not len(texts):
         raise KVCompileError("calibration needs at least one text")
     if tokenizer is None:

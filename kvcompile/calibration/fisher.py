@@ -54,15 +54,16 @@ class _Linears(Reader):
 
 def shares(information: Sequence[float], sizes: Sequence[int], ratio: float) -> list[float]:
     """The fraction of each of `sizes` channels that is kept, in proportion to `information` and at
-    most 1, so that `ratio` of all channels are: what some cannot take the others share."""
-    kept = [0.0] * len(sizes)
-    left, open_ = ratio * sum(sizes), set(range(len(sizes)))
+    most 1, so that `ratio` of all channels are: what some cannot take the others share equally, as
+    in Palu's program."""
+    kept, open_ = [0.0] * len(sizes), set(range(len(sizes)))
+    left, weight = ratio * sum(sizes), sum(information)
+    part = [left * (x / weight if weight else 1 / len(sizes)) for x in information]
     while open_ and left > 1e-9 * sum(sizes):
-        weight = sum(information[i] for i in open_)
-        part = {i: left * (information[i] / weight if weight else 1 / len(open_)) for i in open_}
-        for i, channels in part.items():
-            took = min(channels, sizes[i] - kept[i])
+        for i in open_:
+            took = min(part[i], sizes[i] - kept[i])
             kept[i] += took
             left -= took
         open_ = {i for i in open_ if kept[i] < sizes[i] * (1 - 1e-9)}
+        part = [left / max(1, len(open_))] * len(sizes)
     return [n / size for n, size in zip(kept, sizes, strict=True)]

@@ -125,6 +125,10 @@ class Reader(Interpreter):
         super().__init__(gm)
         self.grad, self.samples = grad, list[Sample]()
 
+    def given(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of a layer's attention as it reads them: for subclasses to change."""
+        return k, v
+
     def run_node(self, n: Node) -> Any:
         if n.target is ROPE:  # by its body: gradients flow through it
             args, options = self.fetch_args_kwargs_from_env(n)
@@ -137,6 +141,7 @@ class Reader(Interpreter):
             return self.env[value] if isinstance(value, Node) else value
 
         q, k, v = (given(name) for name in "qkv")
+        k, v = self.given(len(self.samples), k, v)
         if self.grad and not k.requires_grad:  # frozen weights: gradients start here
             k, v = k.detach().requires_grad_(), v.detach().requires_grad_()
         sample = Sample(q, k, v, *(given(x) for x in ("scale", "window", "softcap", "sinks")))

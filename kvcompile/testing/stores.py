@@ -227,5 +227,6 @@ def bounded_stores_stop_growing(method: Method, data: Any) -> None:
     """With a window bytes are bounded, and without one they are not."""
     store = drawn(method, data)
     assume(store.window < 1500)
-    sizes = {store.nbytes((DIM, DIM), torch.float32, HEADS, [n]) for n in (4000, 6000, 9000)}
+    dim = Shape.drawn(store, data).dim
+    sizes = {store.nbytes((dim, dim), torch.float32, HEADS, [n]) for n in (4000, 6000, 9000)}
     assert (len(sizes) == 1) == bool(store.window)
