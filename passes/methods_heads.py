@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,7 +42,8 @@ def wrapped(p: Mapping[str, Any]) -> dict[str, Any]:
 
 def _adakv(p: Mapping[str, Any]) -> Axes:
     axes = wrapped(p)
-    return axes | {"keep.budget": term("pooled", of=axes["keep.budget"], floor=p["floor"])}
+    blend = {"blend": True} if p["safeguard"] == "mean" else {}
+    return axes | {"keep.budget": term("pooled", of=axes["keep.budget"], floor=p["floor"], **blend)}
 
 
 def _criticalkv(p: Mapping[str, Any]) -> Axes:
@@ -149,9 +151,10 @@ def _headkv(p: Mapping[str, Any]) -> list[Axes]:
     importance = [torch.tensor(heads) for heads in p["heads"] or [(1.0, 1.0)] * len(p["layers"])]
     total, heads = float(sum(i.sum() for i in importance)) or 1.0, sum(map(len, importance))
     spare = p["budget"] - p["window"]
-    base, pot = spare - spare / p["beta"], spare / p["beta"] * heads
+    pot = int(spare // p["beta"])                       # a head, given out by importance
     return [{"keep.score": window(p), "keep.budget": term("byhead", of=tuple(
-        p["window"] + int(base + pot * float(x) / total) for x in layer))} for layer in importance]
+        p["window"] + spare - pot + round(heads * pot * float(x) / total) for x in layer))}
+        for layer in importance]
 
 
 def _calibrate_headkv(p: Mapping[str, Any], samples: Samples) -> Axes:
@@ -178,6 +181,7 @@ def _calibrate_qfilters(p: Mapping[str, Any], samples: Samples) -> Axes:
     return {"filters": tuple(every)}
 
 
+SMOOTH = (WINDOW[0], replace(WINDOW[1], default=7), replace(WINDOW[2], default="max"))
 HEADS = Param("heads", None, calibrated=True, help="for each layer, a number for each kv head")
 STREAMS = (Param("recent", 256, minimum=1, help="newest tokens that a streaming head keeps"),)
 
@@ -186,6 +190,9 @@ METHODS: tuple[Method, ...] = (
         "adakv", 1024, scorer(),
         Param("floor", 0.2, minimum=0.0, maximum=1.0, help="share of its budget that each head is "
               "sure of"),
+        Param("safeguard", "first", choices=("first", "mean"), help="first: a head's best tokens "
+              "up to that come before all others; mean: numbers of tokens are drawn towards their "
+              "mean by that share, as in the paper"),
         title="Ada-KV", paper="arXiv:2407.11550", axes=_adakv,
         note="the heads of a layer share one budget; any method that scores tokens can be wrapped",
     ),
@@ -233,7 +240,7 @@ METHODS: tuple[Method, ...] = (
         name="headkv", title="HeadKV", paper="arXiv:2410.19258", family="selection",
         params=(Param("budget", 1024, minimum=1, help="tokens that a head keeps, on average"),
                 Param("beta", 1.2, minimum=1.005, help="the mean budget over what is given out by "
-                      "importance"), *WINDOW, HEADS),
+                      "importance"), *SMOOTH, HEADS),
         axes=_headkv, calibrate=_calibrate_headkv,
         note="a static share of the budget by head importance, SnapKV inside a head. Calibration "
         "measures attention mass far back, not the paper's needle task",
