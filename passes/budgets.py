@@ -113,8 +113,8 @@ class Pooled(Sized):
     """Ada-KV: the heads of a layer share their budgets, and the best scores take them.
 
     Each head is sure of the share `floor` of its own; `of` is a budget that says what that is. It
-    takes its best tokens first, or with `blend` the share of what the others left it: (1 - floor)
-    of its number and `floor` of the mean.
+    takes its best tokens first, or with `blend`, beside those that always stay, (1 - floor) of what
+    the scores give it and `floor` of the mean.
     """
 
     of: Term = Term("uniform")
@@ -126,7 +126,8 @@ class Pooled(Sized):
         each = [self._each(*s.shape) for s in scores]
         if not self.blend:
             return [pool([s], n, self.floor)[0] for s, n in zip(scores, each, strict=True)]
-        return [[round((1 - self.floor) * own + self.floor * n) for own in pool([s], n, 0.0)[0]]
+        return [[k + round((1 - self.floor) * (own - k) + int(self.floor * (n - k)))
+                 for own, k in zip(pool([s], n, 0.0)[0], s.isposinf().sum(-1).tolist(), strict=True)]
                 for s, n in zip(scores, each, strict=True)]
 
     def _each(self, heads: int, tokens: int) -> int:
@@ -211,9 +212,9 @@ class TopP(Sized):
         for s in scores:
             stays = s.isposinf()
             best = s.masked_fill(stays, 0.0).clamp(min=0).double().sort(-1, descending=True).values
-            short = best.cumsum(-1) < self.p * best.sum(-1, keepdim=True)
-            need = (short.sum(-1) + 1).minimum((best > 0).sum(-1))
-            out.append((stays.sum(-1) + need).tolist())
+            need = best.cumsum(-1) - best < self.p * best.sum(-1, keepdim=True)
+            out.append((stays.sum(-1) + need.sum(-1)).tolist() if self.p < 1 else
+                       [s.shape[1]] * len(s))
         return out
 
     def most(self, tokens: int, heads: int) -> tuple[int, int]:

@@ -60,8 +60,8 @@ class Window:
             seen = torch.arange(x.tokens - window, x.tokens, device=w.device, dtype=w.dtype)
             w = w * seen[:, None]
         s = w.mean(2)
-        if self.gamma:
-            s = s + self.gamma * w.var(2, correction=0)
+        if self.gamma and w.numel():
+            s = s + self.gamma * w.var(2, correction=int(window > 1))
         return protect(x, pooled(s, self.kernel, self.pool).mean(1))
 
     @property
@@ -211,7 +211,8 @@ class Critical(Around):
     def prompt(self, x: Prompt) -> Tensor:
         assert x.weight is not None
         base = self.base.prompt(x)
-        counts = named("budget", self.count).counts([base], [0.0])[0]
+        budget = named("budget", self.count)
+        counts = budget.counts([base], [0.0])[0]
         group = x.queries.shape[1]
         columns = x.weight.float().view(x.weight.shape[0], x.heads, group, -1)
         norms = torch.stack([
@@ -221,7 +222,7 @@ class Critical(Around):
         for own, head, count in zip(out, base, counts, strict=True):
             own[head.topk(int(count * self.first)).indices] = torch.inf
             own[head.isposinf()] = torch.inf
-            if len(set(counts)) > 1:                      # the budget must find these numbers again
+            if not hasattr(budget, "told"):           # it must find these numbers in other scores
                 own[own.topk(count).indices] = torch.inf
         return out
 

@@ -110,7 +110,7 @@ class Blend(Around):
 @dataclass(frozen=True)
 class Hashed:
     """HashEvict's similarity: of a key and the last `window` queries, how many of `bits` random
-    hyperplanes have both on one side, mean over these queries and the query heads."""
+    hyperplanes have both on one side, summed over these queries and the query heads."""
 
     bits: int = 16
     window: int = 1
@@ -122,9 +122,8 @@ class Hashed:
         random = torch.Generator().manual_seed(self.seed * 1000003 + x.layer)
         planes = torch.randn(x.k.shape[-1], self.bits, generator=random).to(x.k.device)
         q = x.queries[:, :, max(0, x.tokens - self.window) : x.tokens]
-        sides = [torch.where(t @ planes > 0, 1.0, -1.0) for t in (x.keys, q)]
-        mean = sides[1].mean((1, 2))                                        # [H, bits]
-        out = (self.bits + (sides[0] @ mean[..., None])[..., 0]) / 2
+        key, query = (torch.where(t @ planes > 0, 1.0, -1.0) for t in (x.keys, q))
+        out = (key @ query.sum((1, 2))[..., None])[..., 0]        # whole numbers: agreed less not
         out[:, max(0, x.tokens - self.window):] = torch.inf
         return out
 
