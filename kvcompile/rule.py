@@ -32,7 +32,8 @@ class Scorer(Protocol):
     time). Attributes that it may have: `sinks` first and `window` newest tokens of a prompt it
     always scores as infinite, and at most `rest` more of the newest; a true `asks`, if the window
     is a prompt's question where its length is known; a true `weighs`, if scores are weights of
-    attention, 0 or more; `waits`, why it must see a prompt at once.
+    attention, 0 or more; `waits`, why it must see a prompt at once. It may have, as a budget may,
+    `unfit(heads, dim)`: why it is not for a layer of so many kv heads with keys of `dim` channels.
 
     One that scores the tokens that follow a prompt has `arrive(keys, positions, ids)`, or
     `observe` where scores change with what each step attends to; an attribute `looks` says of how
@@ -129,6 +130,10 @@ class Around:
     @property
     def asks(self) -> bool:
         return getattr(self.base, "asks", False)
+
+    def unfit(self, heads: int, dim: int) -> str:
+        check = getattr(self.base, "unfit", None)
+        return check(heads, dim) if check else ""
 
 
 @dataclass(frozen=True)
@@ -236,6 +241,12 @@ class Rule:
         first, newest = (getattr(self.scorer, name, 0) for name in ("sinks", "window"))
         newest = question if question and self.asks else newest
         return max(self.sinks, first), max(self.protected(budget), newest)
+
+    def unfit(self, heads: int, dim: int) -> str:
+        """Why what was found for some layer is not for one of so many kv heads with keys of `dim`
+        channels; ``""`` if all of it is."""
+        every = (getattr(part, "unfit", None) for part in (self.scorer, self.budgeter))
+        return next((why for check in every if check and (why := check(heads, dim))), "")
 
     def short(self, heads: int, tokens: int = FAR, question: int = 0) -> str:
         """Why the budget of a prompt of so many tokens cannot be kept; ``""`` if it can be. Of any

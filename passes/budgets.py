@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvcompile.errors import RecipeError
 from kvcompile.prompt import Prompt
 from kvcompile.recipe import Term
 from kvcompile.rule import named
@@ -126,9 +125,12 @@ class Pooled(Sized):
         each = [self._each(*s.shape) for s in scores]
         if not self.blend:
             return [pool([s], n, self.floor)[0] for s, n in zip(scores, each, strict=True)]
-        return [[k + round((1 - self.floor) * (own - k) + int(self.floor * (n - k)))
-                 for own, k in zip(pool([s], n, 0.0)[0], s.isposinf().sum(-1).tolist(), strict=True)]
-                for s, n in zip(scores, each, strict=True)]
+        return [self._blended(s, n) for s, n in zip(scores, each, strict=True)]
+
+    def _blended(self, s: Tensor, each: int) -> list[int]:
+        stays = s.isposinf().sum(-1).tolist()
+        return [k + round((1 - self.floor) * (own - k) + int(self.floor * (each - k)))
+                for own, k in zip(pool([s], each, 0.0)[0], stays, strict=True)]
 
     def _each(self, heads: int, tokens: int) -> int:
         return named("budget", self.of).most(tokens, heads)[0]
@@ -285,10 +287,12 @@ class ByHead(Sized):
     def _of(self, tokens: int) -> list[int]:
         return [max(n, int(self.share * tokens)) if n else UNBOUNDED for n in self.of]
 
+    def unfit(self, heads: int, dim: int) -> str:
+        """Why it is not for a layer of so many kv heads; ``""`` if it is."""
+        return "" if len(self.of) == heads else (f"a map of {len(self.of)} heads for a layer of "
+                                                 f"{heads} kv heads")
+
     def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
-        for s in scores:
-            if len(s) != len(self.of):
-                raise RecipeError(f"a map of {len(self.of)} heads for a layer of {len(s)} kv heads")
         return [[min(n, s.shape[1]) for n in self._of(s.shape[1])] for s in scores]
 
     def most(self, tokens: int, heads: int) -> tuple[int, int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,7 +110,27 @@ def _top(scores: Sequence[torch.Tensor], share: float) -> tuple[tuple[int, ...],
     return tuple(tuple(part.tolist()) for part in best.split([len(s) for s in scores]))
 
 
+def pattern(file: str, layers: int) -> list[torch.Tensor]:
+    """What a published pattern says of each layer's kv heads: a line a layer, numbers from 0, which
+    streams, to 1, between tabs. Raises RecipeError for anything else."""
+    where = f"duoattention: file={json.dumps(file)}"
+    try:
+        lines = Path(file).read_text().splitlines()
+        rows = [[float(x) for x in line.split()] for line in lines if line.strip()]
+    except OSError as error:
+        raise RecipeError(f"{where} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise RecipeError(f"{where} is no pattern of heads: {error}") from None
+    if len(rows) != layers or len({*map(len, rows)}) != 1:
+        heads = " or ".join(map(str, sorted({*map(len, rows)}))) or "no"
+        raise RecipeError(f"{where} is a pattern of {len(rows)} layers of {heads} kv heads, but "
+                          f"{layers} layers are to have one")
+    return [torch.tensor(row).clamp(0, 1) for row in rows]
+
+
 def _calibrate_duo(p: Mapping[str, Any], samples: Samples) -> Axes:
+    if p["file"]:
+        return {"heads": _top(pattern(p["file"], len(samples.layers)), p["full"])}
     tokens = samples.ids.shape[1]
     recent = min(p["recent"], tokens // 8)
     return {"heads": _top(retrieval(samples.attention, min(p["sinks"], tokens // 16), recent),
@@ -218,10 +240,11 @@ METHODS: tuple[Method, ...] = (
         name="duoattention", title="DuoAttention", paper="arXiv:2410.10819", family="selection",
         params=(Param("full", 0.5, minimum=0.0, maximum=1.0, help="share of heads that keep all"),
                 Param("sinks", 64, minimum=0, help="first tokens that a streaming head keeps"),
-                *STREAMS, HEADS),
+                *STREAMS, HEADS, Param("file", "", help="the authors' pattern for the model, such "
+                                       "as full_attention_heads.tsv, to read heads from")),
         axes=_duoattention, calibrate=_calibrate_duo,
-        note="heads=[[1, 0], ...] is a pattern file's content, 1 for heads that keep everything; "
-        "calibration finds one by attention mass instead of training",
+        note="the share `full` of all heads keeps everything, by a published pattern, or by "
+        "attention mass, which calibration measures instead of training",
     ),
     Method(
         name="razorattention", title="RazorAttention", paper="arXiv:2407.15891",

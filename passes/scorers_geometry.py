@@ -202,6 +202,12 @@ class Filter:
     name: ClassVar[str] = "filter"
     needs: ClassVar[tuple[str, ...]] = ()
 
+    def unfit(self, heads: int, dim: int) -> str:
+        sizes = {len(u) for u in self.directions}
+        return "" if len(self.directions) == heads and sizes == {dim} else (
+            f"{len(self.directions)} directions of {' or '.join(map(str, sorted(sizes)))} channels "
+            f"for a layer of {heads} kv heads of {dim}")
+
     def prompt(self, x: Prompt) -> Tensor:
         u = torch.tensor(self.directions, dtype=torch.float32, device=x.k.device)
         return -(x.keys * u[:, None]).sum(-1)

@@ -1,4 +1,4 @@
-"""Scorers of values, forgetting, leverage and hashes, and top-p budgets, against plain statements."""
+"""Scorers of values, forgetting, leverage, hashes, and top-p budgets, against plain statements."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import selection_references as refs
 import torch
 from selection_references import DIM, HEADS, Q_HEADS
-from test_selection import LAYERS, RATES, TOKENS, WEIGHTS, inputs, kept
+from test_selection import RATES, TOKENS, WEIGHTS, inputs, kept
 
 from kvcompile.errors import RecipeError
 from kvcompile.plan import plan
@@ -176,8 +176,8 @@ def test_critical_tokens_of_pooled_budgets():
             assert set(got[i][0][h]) == want
 
 
-@pytest.mark.parametrize("recipe", ["vatp(scorer=knorm)", "caote(scorer=keydiff)", "topp(scorer=r-kv)",
-                                    "vatp(scorer=scissorhands)"])
+@pytest.mark.parametrize("recipe", ["vatp(scorer=knorm)", "caote(scorer=keydiff)",
+                                    "topp(scorer=random)", "vatp(scorer=scissorhands)"])
 def test_scores_that_are_not_weights_are_refused(recipe):
     with pytest.raises(RecipeError, match="its scores are not weights of attention") as error:
         plan(recipe, 2)

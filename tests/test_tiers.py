@@ -77,7 +77,7 @@ class Head:
 
 
 class Windowed(Head):
-    """With SnapKV's scores (arXiv:2404.14469) of a prompt, then means of about the last 8 queries."""
+    """SnapKV's scores (arXiv:2404.14469) of a prompt, then means of about the last 8 queries."""
 
     def score(self, q: Tensor, new: list[Token], keys: Tensor, before: int, scale: float,
               looking: Sequence[int]) -> None:
