@@ -97,8 +97,7 @@ class Received:
 
     @property
     def cpp(self) -> str:
-        old = "score" if self.decay == 1 else f"{self.decay!r}f * score"
-        return f"fresh ? mass : {old} + mass"
+        return "fresh ? mass : score + mass" if self.decay == 1 else ""  # a fused sum rounds less
 
     def prompt(self, x: Prompt) -> Tensor:
         total, row = torch.zeros(x.heads, x.k.shape[1], device=x.k.device), 0
@@ -222,7 +221,7 @@ class Critical(Around):
         for own, head, count in zip(out, base, counts, strict=True):
             own[head.topk(int(count * self.first)).indices] = torch.inf
             own[head.isposinf()] = torch.inf
-            if not hasattr(budget, "told"):           # it must find these numbers in other scores
+            if not budget.across and not hasattr(budget, "told"):  # it must find the same numbers
                 own[own.topk(count).indices] = torch.inf
         return out
 

@@ -95,6 +95,8 @@ class Lists:
             for t, w in given.items():
                 if self.policy == "h2o":
                     score[t] = score.get(t, 0.0) + w
+                elif self.policy == "a2sf":
+                    score[t] = 0.6 * score.get(t, 0.0) + w
                 elif self.policy == "tova":
                     score[t] = sum(e[t] for e in every) / HEADS
                 elif self.policy == "scissorhands":
@@ -109,7 +111,8 @@ class Lists:
 
 
 @pytest.mark.parametrize(("recipe", "slack", "recent"), [
-    ("h2o(budget=24)", 1, 12), ("tova(budget=24)", 1, 1), ("knorm(budget=24, decode=true)", 1, 0),
+    ("h2o(budget=24)", 1, 12), ("tova(budget=24)", 1, 1),
+    ("a2sf(budget=24, decay=0.6)", 1, 12), ("knorm(budget=24, decode=true)", 1, 0),
     ("scissorhands(budget=24, every=9, recent=5)", 9, 5)])
 def test_every_step_evicts_as_the_policy_says(recipe, slack, recent):
     limit = 24
