@@ -37,7 +37,10 @@ def wrapped(p: Mapping[str, Any]) -> dict[str, Any]:
         why = f"takes {known[0]}= only" if known else "has no budget that another could set"
         raise RecipeError(f"{inner.name} {why}")
     axes = method.axes(method.bind(Term(inner.name, (*inner.args, (size, value)))))
-    if not isinstance(axes, Mapping) or "keep.score" not in axes:
+    if not isinstance(axes, Mapping):
+        raise RecipeError(f"{inner.name} says for each layer what it keeps, and cannot be wrapped "
+                          "yet")
+    if "keep.score" not in axes:
         raise RecipeError(f"{inner.name} does not score tokens")
     return dict(axes)
 

@@ -432,8 +432,7 @@ def test_windows_keep_their_own_tokens():
     (f"qfilters(filters={[[[1.0] * 8] * 2] * 4})",
      "qfilters(filters=..): layer 0: 2 directions of 8 channels for a layer of 2 kv heads of 16"),
     (f"chunkkv(scorer=qfilters(filters={[[[1.0] * 16]] * 4}), ratio=0.5)",
-     "chunkkv(scorer=qfilters(filters=..), ratio=0.5): layer 0: 1 directions of 16 channels for a "
-     "layer of 2 kv heads of 16"),
+     "qfilters says for each layer what it keeps, and cannot be wrapped yet"),
     ('duoattention(file="there/is/none.tsv")', 'duoattention: file="there/is/none.tsv" cannot be '
      "read: No such file or directory"),
 ])
