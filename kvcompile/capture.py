@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 ATTRIBUTE = "_attn_implementation_internal"  # of a config, set without its checks
 NAME = "kvcompile"  # the attention implementation under which models are traced
-IGNORED = {"dropout", "is_causal", "position_ids", "use_cache", "cache_position",
+IGNORED = {"is_causal", "position_ids", "use_cache", "cache_position",
            "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep"}
 TOKENS = 37  # a prime that no other dimension is likely to have, to recognise the token axis by
 PROBE = 96  # tokens over which mask functions are compared with causal and window masks
@@ -47,10 +47,14 @@ _trace: _Trace | None = None
 
 
 def _attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any,
-               scaling: float | None = None, sliding_window: int | None = None,
-               softcap: float | None = None, s_aux: Tensor | None = None, **rest: Any
-               ) -> tuple[Tensor, None]:
-    """The attention function of implementation "kvcompile": emits one kvc.attention node."""
+               dropout: float = 0.0, scaling: float | None = None,
+               sliding_window: int | None = None, softcap: float | None = None,
+               s_aux: Tensor | None = None, **rest: Any) -> tuple[Tensor, None]:
+    """The attention function of implementation "kvcompile": emits one kvc.attention node.
+
+    The first six are in transformers' order, since what wraps attention functions passes these by
+    position. Dropout is 0 in evaluation mode.
+    """
     if _trace is None:
         raise UnsupportedModelError("attn_implementation='kvcompile' serves capture alone; "
                                     "call kvcompile.optimize(model) instead of setting it")

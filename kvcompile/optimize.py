@@ -70,7 +70,8 @@ def optimize(model: PreTrainedModel, recipe: str | Recipe = "kivi(bits=4)", *,
         self_check(base, program)
     for site in program.sites if prefill_chunk else ():
         if site.rule and (why := Rule.parse(site.rule).whole):
-            raise KVCompileError(f"prefill_chunk={prefill_chunk}: {recipe}: layer {site.layer}: "
+            raise KVCompileError(f"prefill_chunk={prefill_chunk}: "
+                                 f"{Recipe.parse(recipe).brief}: layer {site.layer}: "
                                  f"{why}")
     cls: Any = type(type(base).__name__, (Optimized, type(base)), {  # pipelines know the name
         "__doc__": f"{type(base).__name__} with a KV cache compressed by kvcompile.",

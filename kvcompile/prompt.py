@@ -87,6 +87,14 @@ class Prompt:
             weights = logits.softmax(-1)
             yield pad(weights, (0, n - last)) if last < n else weights
 
+    def unrotated(self, t: Tensor) -> Tensor:
+        """t [..., T, D], q or K of the scored tokens, before its rotation."""
+        if self.angles is None:
+            return t
+        cos, sin = self.rotation(-self.positions[: self.tokens])
+        flat = t.reshape(1, -1, *t.shape[-2:])
+        return torch.ops.kvc.rope(flat, cos, sin, style=self.style).view(t.shape)
+
     def looked(self, window: int) -> Tensor:
         """[H, G, window, T - window] in fp32: weights that the last queries give what is before."""
         first = self.tokens - window

@@ -54,6 +54,9 @@ class Slice:
         return ":".join("" if part is None else str(part) for part in parts)
 
 
+LONG = 60  # characters of an argument that messages still show
+
+
 @dataclass(frozen=True)
 class Term:
     """``name(key=value, ...)``. Where it was read (columns from 1, 0 unknown) is not compared."""
@@ -78,6 +81,15 @@ class Term:
         """The value given for `key`, else `default`."""
         return next((value for name, value in self.args if name == key), default)
 
+    @property
+    def brief(self) -> str:
+        """As str, for messages: what calibration found, which may be long, is left out."""
+        texts = [value.brief if isinstance(value, Term) else _written(value)
+                 for _, value in self.args]
+        args = [f"{name}={text if len(text) <= LONG else '..'}"
+                for (name, _), text in zip(self.args, texts, strict=True)]
+        return f"{self.name}({', '.join(args)})" if args else self.name
+
     def __str__(self) -> str:
         return _written(self) if self.args else self.name
 
@@ -101,6 +113,11 @@ class Recipe:
             raise RecipeError(f"a recipe is text or a Recipe, not {type(recipe).__name__}")
         reader = _Reader("recipe", recipe)
         return cls(reader.whole(reader.terms, "'+' or the end"))
+
+    @property
+    def brief(self) -> str:
+        """As str, without what is long."""
+        return "+".join(term.brief for term in self.terms)
 
     def __str__(self) -> str:
         return "+".join(map(str, self.terms))

@@ -31,7 +31,9 @@ class Scorer(Protocol):
     linear after attention), "angles" (rotary), "ids" (of tokens) or "probe" (the prompt a second
     time). Attributes that it may have: `sinks` first and `window` newest tokens of a prompt it
     always scores as infinite, and at most `rest` more of the newest; a true `asks`, if the window
-    is a prompt's question where its length is known; `waits`, why it must see a prompt at once.
+    is a prompt's question where its length is known; a true `weighs`, if scores are weights of
+    attention, 0 or more; `waits`, why it must see a prompt at once. It may have, as a budget may,
+    `unfit(heads, dim)`: why it is not for a layer of so many kv heads with keys of `dim` channels.
 
     One that scores the tokens that follow a prompt has `arrive(keys, positions, ids)`, or
     `observe` where scores change with what each step attends to; an attribute `looks` says of how
@@ -58,7 +60,8 @@ class Scorer(Protocol):
 class Budget(Protocol):
     """How many tokens each head keeps. `across`: decided over all layers of the rule at once. With
     `told(tokens)`, which is the same budget for a prompt of so many, the limit while decoding does
-    not depend on what the prompt is."""
+    not depend on what the prompt is. With `least(tokens)`, what the head that keeps least keeps,
+    that is what always stays has to fit."""
 
     name: ClassVar[str]
     across: ClassVar[bool]
@@ -127,6 +130,10 @@ class Around:
     @property
     def asks(self) -> bool:
         return getattr(self.base, "asks", False)
+
+    def unfit(self, heads: int, dim: int) -> str:
+        check = getattr(self.base, "unfit", None)
+        return check(heads, dim) if check else ""
 
 
 @dataclass(frozen=True)
@@ -235,11 +242,19 @@ class Rule:
         newest = question if question and self.asks else newest
         return max(self.sinks, first), max(self.protected(budget), newest)
 
+    def unfit(self, heads: int, dim: int) -> str:
+        """Why what was found for some layer is not for one of so many kv heads with keys of `dim`
+        channels; ``""`` if all of it is."""
+        every = (getattr(part, "unfit", None) for part in (self.scorer, self.budgeter))
+        return next((why for check in every if check and (why := check(heads, dim))), "")
+
     def short(self, heads: int, tokens: int = FAR, question: int = 0) -> str:
         """Why the budget of a prompt of so many tokens cannot be kept; ``""`` if it can be. Of any
         prompt (the default) one in tokens may be short and a share of it, of which what always
         stays is the floor, is not. `question` as of `stays`."""
         budget = self.budgeter.most(tokens, heads)[1] // heads
+        if hasattr(self.budgeter, "least"):
+            budget = self.budgeter.least(tokens)
         first, newest = self.stays(budget, question)
         if budget >= min(tokens, first + newest):
             return ""

@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvcompile.errors import RecipeError
 from kvcompile.prompt import Prompt
 from kvcompile.recipe import Term
 from kvcompile.rule import named
@@ -112,22 +111,34 @@ class Pyramid(Sized):
 class Pooled(Sized):
     """Ada-KV: the heads of a layer share their budgets, and the best scores take them.
 
-    Each head is sure of the share `floor` of its own; `of` is a budget that says what that is.
+    Each head is sure of the share `floor` of its own; `of` is a budget that says what that is. It
+    takes its best tokens first, or with `blend`, beside those that always stay, (1 - floor) of what
+    the scores give it and `floor` of the mean.
     """
 
     of: Term = Term("uniform")
     floor: float = 0.2
+    blend: bool = False
     name: ClassVar[str] = "pooled"
 
     def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
-        return [pool([s], self._each(*s.shape), self.floor)[0] for s in scores]
+        each = [self._each(*s.shape) for s in scores]
+        if not self.blend:
+            return [pool([s], n, self.floor)[0] for s, n in zip(scores, each, strict=True)]
+        return [self._blended(s, n) for s, n in zip(scores, each, strict=True)]
+
+    def _blended(self, s: Tensor, each: int) -> list[int]:
+        stays = s.isposinf().sum(-1).tolist()
+        return [k + round((1 - self.floor) * (own - k) + int(self.floor * (each - k)))
+                for own, k in zip(pool([s], each, 0.0)[0], stays, strict=True)]
 
     def _each(self, heads: int, tokens: int) -> int:
         return named("budget", self.of).most(tokens, heads)[0]
 
     def most(self, tokens: int, heads: int) -> tuple[int, int]:
         each = self._each(heads, tokens)
-        return min(tokens, heads * each), heads * each
+        rounded = heads // 2 if self.blend else 0
+        return min(tokens, heads * each), min(heads * tokens, heads * each + rounded)
 
 
 @dataclass(frozen=True)
@@ -188,6 +199,28 @@ class Threshold(Sized):
         if not self.tokens:
             return low
         return low + (score.isfinite().sum(1) - low - self.tokens).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class TopP(Sized):
+    """The fewest tokens of each head that have the share `p` of its scores, which are weights;
+    protected ones beside them."""
+
+    p: float = 0.95
+    name: ClassVar[str] = "topp"
+
+    def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
+        out = []
+        for s in scores:
+            stays = s.isposinf()
+            best = s.masked_fill(stays, 0.0).clamp(min=0).double().sort(-1, descending=True).values
+            need = best.cumsum(-1) - best < self.p * best.sum(-1, keepdim=True)
+            out.append((stays.sum(-1) + need.sum(-1)).tolist() if self.p < 1 else
+                       [s.shape[1]] * len(s))
+        return out
+
+    def most(self, tokens: int, heads: int) -> tuple[int, int]:
+        return tokens, heads * tokens
 
 
 @dataclass(frozen=True)
@@ -254,19 +287,26 @@ class ByHead(Sized):
     def _of(self, tokens: int) -> list[int]:
         return [max(n, int(self.share * tokens)) if n else UNBOUNDED for n in self.of]
 
+    def unfit(self, heads: int, dim: int) -> str:
+        """Why it is not for a layer of so many kv heads; ``""`` if it is."""
+        return "" if len(self.of) == heads else (f"a map of {len(self.of)} heads for a layer of "
+                                                 f"{heads} kv heads")
+
     def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
-        for s in scores:
-            if len(s) != len(self.of):
-                raise RecipeError(f"a map of {len(self.of)} heads for a layer of {len(s)} kv heads")
         return [[min(n, s.shape[1]) for n in self._of(s.shape[1])] for s in scores]
 
     def most(self, tokens: int, heads: int) -> tuple[int, int]:
         each = [min(n, tokens) for n in self._of(tokens)]
         return max(each), sum(each)
 
+    def least(self, tokens: int) -> int:
+        """The smallest number that a head keeps."""
+        return min(min(n, tokens) for n in self._of(tokens))
+
     def limit(self, counts: Sequence[int], tokens: int, measures: Sequence[float]
               ) -> list[int]:
         return self._of(tokens)
 
 
-BUDGETS = (Uniform, All, Pyramid, Pooled, Everywhere, Threshold, WholeChunks, PerPart, ByHead)
+BUDGETS = (Uniform, All, Pyramid, Pooled, Everywhere, Threshold, TopP, WholeChunks, PerPart,
+           ByHead)

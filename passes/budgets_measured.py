@@ -47,8 +47,8 @@ class Lazy(Sized):
 class Cake(Sized):
     """CAKE: layers share their budgets as P_l = H^(1 / t1) V^(1 / t2).
 
-    Over the last `window` queries' weights on the tokens before them, mean over the heads: H is the
-    entropy of their mean, V the sum over tokens of their variance.
+    Of the last `window` queries' weights a on the tokens before them H is the sum of -a log a, V
+    the sum over tokens of their variance over the queries; both are means over the heads.
     """
 
     window: int = 32
@@ -61,10 +61,10 @@ class Cake(Sized):
         window = min(self.window, x.tokens)
         if window == x.tokens:
             return 1.0
-        w = x.looked(window).mean((0, 1))
-        mean = w.mean(0)
-        entropy = -(mean * mean.clamp(min=1e-10).log()).sum()
-        return float(entropy ** (1 / self.t1) * w.var(0, correction=0).sum() ** (1 / self.t2))
+        w = x.looked(window)
+        entropy = -(w * (w + 1e-10).log()).sum((2, 3)).mean()
+        varied = w.var(2, correction=int(window > 1)).sum(-1).mean()
+        return float(entropy.clamp(min=0) ** (1 / self.t1) * varied ** (1 / self.t2))
 
     def counts(self, scores: Sequence[Tensor], measures: Sequence[float]) -> list[list[int]]:
         tokens = scores[0].shape[1]
@@ -94,7 +94,7 @@ class Dense(Sized):
         tokens, mean = scores[0].shape[1], sum(measures) / len(measures) or 1.0
         evenness = torch.exp(-torch.tensor(measures) / mean).tolist()
         return [[n] * len(s) for n, s in zip(
-            shares(evenness, size(self.tokens, self.ratio, tokens), 0, tokens), scores,
+            shares(evenness, size(self.tokens, self.ratio, tokens), 1, tokens), scores,
             strict=True)]
 
     def most(self, tokens: int, heads: int) -> tuple[int, int]:
@@ -132,19 +132,23 @@ class ByPolicy(Sized):
 def shares(weights: Sequence[float], mean: int, least: int, most: int) -> list[int]:
     """`mean` * len(weights) tokens in proportion, `least` to each first, `most` at most.
 
-    What some cannot take is given to the others in the same proportion.
+    What some cannot take, and then what rounding leaves, is given to the others evenly, one more to
+    the first of them.
     """
-    least, out = min(least, mean), [0] * len(weights)
-    spare, still = (mean - least) * len(weights), {*range(len(weights))}
-    while still:
-        total = sum(weights[i] for i in still)
-        each = {i: int(spare * (weights[i] / total if total else 1 / len(still))) for i in still}
-        full = {i for i in still if least + each[i] >= most}
-        for i in full or still:
-            out[i] = min(most, least + each[i])
-        spare -= sum(most - least for _ in full)
-        still = still - full if full else set()
-    return out
+    least, total = min(least, mean), sum(weights)
+    room, spare = most - least, (mean - least) * len(weights)
+    given = [int(spare * (w / total if total else 1 / len(weights))) for w in weights]
+    out = [min(n, room) for n in given]
+    left = sum(given) - sum(out)
+    while left > 0 or (left := spare - sum(out)) > 0:
+        free = [i for i, n in enumerate(out) if n < room]
+        if not free:
+            break
+        each, more = divmod(left, len(free))
+        for n, i in enumerate(free):
+            out[i] = min(room, out[i] + each + (n < more))
+        left = 0
+    return [least + n for n in out]
 
 
 BUDGETS = (Lazy, Cake, Dense, ByPolicy)

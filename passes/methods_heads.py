@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,14 +37,18 @@ def wrapped(p: Mapping[str, Any]) -> dict[str, Any]:
         why = f"takes {known[0]}= only" if known else "has no budget that another could set"
         raise RecipeError(f"{inner.name} {why}")
     axes = method.axes(method.bind(Term(inner.name, (*inner.args, (size, value)))))
-    if not isinstance(axes, Mapping) or "keep.score" not in axes:
+    if not isinstance(axes, Mapping):
+        raise RecipeError(f"{inner.name} says for each layer what it keeps, and cannot be wrapped "
+                          "yet")
+    if "keep.score" not in axes:
         raise RecipeError(f"{inner.name} does not score tokens")
     return dict(axes)
 
 
 def _adakv(p: Mapping[str, Any]) -> Axes:
     axes = wrapped(p)
-    return axes | {"keep.budget": term("pooled", of=axes["keep.budget"], floor=p["floor"])}
+    blend = {"blend": True} if p["safeguard"] == "mean" else {}
+    return axes | {"keep.budget": term("pooled", of=axes["keep.budget"], floor=p["floor"], **blend)}
 
 
 def _criticalkv(p: Mapping[str, Any]) -> Axes:
@@ -106,7 +113,27 @@ def _top(scores: Sequence[torch.Tensor], share: float) -> tuple[tuple[int, ...],
     return tuple(tuple(part.tolist()) for part in best.split([len(s) for s in scores]))
 
 
+def pattern(file: str, layers: int) -> list[torch.Tensor]:
+    """What a published pattern says of each layer's kv heads: a line a layer, numbers from 0, which
+    streams, to 1, between tabs. Raises RecipeError for anything else."""
+    where = f"duoattention: file={json.dumps(file)}"
+    try:
+        lines = Path(file).read_text().splitlines()
+        rows = [[float(x) for x in line.split()] for line in lines if line.strip()]
+    except OSError as error:
+        raise RecipeError(f"{where} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise RecipeError(f"{where} is no pattern of heads: {error}") from None
+    if len(rows) != layers or len({*map(len, rows)}) != 1:
+        heads = " or ".join(map(str, sorted({*map(len, rows)}))) or "no"
+        raise RecipeError(f"{where} is a pattern of {len(rows)} layers of {heads} kv heads, but "
+                          f"{layers} layers are to have one")
+    return [torch.tensor(row).clamp(0, 1) for row in rows]
+
+
 def _calibrate_duo(p: Mapping[str, Any], samples: Samples) -> Axes:
+    if p["file"]:
+        return {"heads": _top(pattern(p["file"], len(samples.layers)), p["full"])}
     tokens = samples.ids.shape[1]
     recent = min(p["recent"], tokens // 8)
     return {"heads": _top(retrieval(samples.attention, min(p["sinks"], tokens // 16), recent),
@@ -149,9 +176,10 @@ def _headkv(p: Mapping[str, Any]) -> list[Axes]:
     importance = [torch.tensor(heads) for heads in p["heads"] or [(1.0, 1.0)] * len(p["layers"])]
     total, heads = float(sum(i.sum() for i in importance)) or 1.0, sum(map(len, importance))
     spare = p["budget"] - p["window"]
-    base, pot = spare - spare / p["beta"], spare / p["beta"] * heads
+    pot = int(spare // p["beta"])                       # a head, given out by importance
     return [{"keep.score": window(p), "keep.budget": term("byhead", of=tuple(
-        p["window"] + int(base + pot * float(x) / total) for x in layer))} for layer in importance]
+        p["window"] + spare - pot + round(heads * pot * float(x) / total) for x in layer))}
+        for layer in importance]
 
 
 def _calibrate_headkv(p: Mapping[str, Any], samples: Samples) -> Axes:
@@ -178,6 +206,7 @@ def _calibrate_qfilters(p: Mapping[str, Any], samples: Samples) -> Axes:
     return {"filters": tuple(every)}
 
 
+SMOOTH = (WINDOW[0], replace(WINDOW[1], default=7), replace(WINDOW[2], default="max"))
 HEADS = Param("heads", None, calibrated=True, help="for each layer, a number for each kv head")
 STREAMS = (Param("recent", 256, minimum=1, help="newest tokens that a streaming head keeps"),)
 
@@ -186,6 +215,9 @@ METHODS: tuple[Method, ...] = (
         "adakv", 1024, scorer(),
         Param("floor", 0.2, minimum=0.0, maximum=1.0, help="share of its budget that each head is "
               "sure of"),
+        Param("safeguard", "first", choices=("first", "mean"), help="first: a head's best tokens "
+              "up to that come before all others; mean: numbers of tokens are drawn towards their "
+              "mean by that share, as in the paper"),
         title="Ada-KV", paper="arXiv:2407.11550", axes=_adakv,
         note="the heads of a layer share one budget; any method that scores tokens can be wrapped",
     ),
@@ -211,10 +243,11 @@ METHODS: tuple[Method, ...] = (
         name="duoattention", title="DuoAttention", paper="arXiv:2410.10819", family="selection",
         params=(Param("full", 0.5, minimum=0.0, maximum=1.0, help="share of heads that keep all"),
                 Param("sinks", 64, minimum=0, help="first tokens that a streaming head keeps"),
-                *STREAMS, HEADS),
+                *STREAMS, HEADS, Param("file", "", help="the authors' pattern for the model, such "
+                                       "as full_attention_heads.tsv, to read heads from")),
         axes=_duoattention, calibrate=_calibrate_duo,
-        note="heads=[[1, 0], ...] is a pattern file's content, 1 for heads that keep everything; "
-        "calibration finds one by attention mass instead of training",
+        note="the share `full` of all heads keeps everything, by a published pattern, or by "
+        "attention mass, which calibration measures instead of training",
     ),
     Method(
         name="razorattention", title="RazorAttention", paper="arXiv:2407.15891",
@@ -233,7 +266,7 @@ METHODS: tuple[Method, ...] = (
         name="headkv", title="HeadKV", paper="arXiv:2410.19258", family="selection",
         params=(Param("budget", 1024, minimum=1, help="tokens that a head keeps, on average"),
                 Param("beta", 1.2, minimum=1.005, help="the mean budget over what is given out by "
-                      "importance"), *WINDOW, HEADS),
+                      "importance"), *SMOOTH, HEADS),
         axes=_headkv, calibrate=_calibrate_headkv,
         note="a static share of the budget by head importance, SnapKV inside a head. Calibration "
         "measures attention mass far back, not the paper's needle task",

@@ -50,6 +50,7 @@ class Window:
     visible: bool = False
     name: ClassVar[str] = "window"
     asks: ClassVar[bool] = True
+    weighs: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ()
 
     def prompt(self, x: Prompt) -> Tensor:
@@ -59,27 +60,52 @@ class Window:
             seen = torch.arange(x.tokens - window, x.tokens, device=w.device, dtype=w.dtype)
             w = w * seen[:, None]
         s = w.mean(2)
-        if self.gamma:
-            s = s + self.gamma * w.var(2, correction=0)
+        if self.gamma and w.numel():
+            s = s + self.gamma * w.var(2, correction=int(window > 1))
         return protect(x, pooled(s, self.kernel, self.pool).mean(1))
+
+    @property
+    def looks(self) -> int:
+        return self.window
+
+    def observe(self, score: Tensor, mass: Tensor, new: Tensor) -> Tensor:
+        return running(score, mass, new, self.window)
+
+
+def running(score: Tensor, mass: Tensor, new: Tensor, window: int) -> Tensor:
+    """A mean of the weights of about the last `window` queries: of as many at once, which gave
+    `mass`, their own. What is `new`, or of a prompt's window (infinite), begins with those."""
+    queries = new.sum(-1, keepdim=True).clamp(1, window)
+    mean = score * (1 - queries / window) + mass / window
+    return torch.where(new | score.isinf(), mass / queries, mean)
 
 
 @dataclass(frozen=True)
 class Received:
     """H2O: the weight that a token has received from all queries; `mean`: per query that sees it.
 
-    While decoding, the weights that each step gives are added.
+    While decoding, the weights that each step gives are added. A query later, a weight counts
+    `decay` times as much (A2SF); of several at once each for as much as their mean.
     """
 
     how: str = "sum"
+    decay: float = 1.0
     name: ClassVar[str] = "received"
-    cpp: ClassVar[str] = "fresh ? mass : score + mass"
     looks: ClassVar[int] = 0
+    weighs: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def cpp(self) -> str:
+        return "fresh ? mass : score + mass" if self.decay == 1 else ""  # a fused sum rounds less
+
     def prompt(self, x: Prompt) -> Tensor:
-        total = torch.zeros(x.heads, x.k.shape[1], device=x.k.device)
+        total, row = torch.zeros(x.heads, x.k.shape[1], device=x.k.device), 0
         for w in x.weights(0, x.tokens):
+            if self.decay != 1:
+                ago = x.tokens - 1 - row - torch.arange(w.shape[2], device=w.device)
+                w = w * self.decay ** ago[:, None]
+                row += w.shape[2]
             total += w.sum((1, 2))
         total = total[:, : x.tokens] / x.queries.shape[1]
         if self.how == "mean":
@@ -88,7 +114,12 @@ class Received:
 
     def observe(self, score: Tensor, mass: Tensor, new: Tensor) -> Tensor:
         """Scores [N, slots] after a step whose queries gave `mass` (mean over a kv head's)."""
-        return torch.where(new, mass, score + mass)
+        if self.decay == 1:
+            return torch.where(new, mass, score + mass)
+        queries = new.sum(-1, keepdim=True).clamp(min=1)
+        far = self.decay**queries
+        mass = mass * (1 - far) / (queries * (1 - self.decay))
+        return torch.where(new, mass, far * score + mass)
 
 
 @dataclass(frozen=True)
@@ -96,6 +127,7 @@ class Last:
     """TOVA: the weight that the last query gives, mean over all heads; all keep the same."""
 
     name: ClassVar[str] = "last"
+    weighs: ClassVar[bool] = True
     cpp: ClassVar[str] = "mass"
     looks: ClassVar[int] = 1
     needs: ClassVar[tuple[str, ...]] = ()
@@ -152,6 +184,7 @@ class Repeat:
     """
 
     name: ClassVar[str] = "repeat"
+    weighs: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("probe",)
 
     def prompt(self, x: Prompt) -> Tensor:
@@ -164,7 +197,8 @@ class Repeat:
 @dataclass(frozen=True)
 class Critical(Around):
     """CriticalKV: the share `first` of the budget by another scorer, the rest by what is lost in
-    the output: (score + eps) * |W_o v|_1, mean over the query heads."""
+    the output: (score + eps) * |W_o v|_1, mean over the query heads. Where `count`, the budget,
+    gives heads different numbers, the other scorer says which."""
 
     of: Term
     count: Term
@@ -176,15 +210,20 @@ class Critical(Around):
     def prompt(self, x: Prompt) -> Tensor:
         assert x.weight is not None
         base = self.base.prompt(x)
-        budget = named("budget", self.count).most(x.tokens, x.heads)[0]
+        budget = named("budget", self.count)
+        counts = budget.counts([base], [0.0])[0]
         group = x.queries.shape[1]
         columns = x.weight.float().view(x.weight.shape[0], x.heads, group, -1)
         norms = torch.stack([
             torch.stack([(x.values[h] @ columns[:, h, g].T).abs().sum(-1) for g in range(group)])
             .mean(0) for h in range(x.heads)])
         out = (base + self.eps) * norms
-        top = base.topk(min(x.tokens, int(budget * self.first)), -1).indices
-        return out.scatter(-1, top, torch.inf).masked_fill(base.isposinf(), torch.inf)
+        for own, head, count in zip(out, base, counts, strict=True):
+            own[head.topk(int(count * self.first)).indices] = torch.inf
+            own[head.isposinf()] = torch.inf
+            if not budget.across and not hasattr(budget, "told"):  # it must find the same numbers
+                own[own.topk(count).indices] = torch.inf
+        return out
 
 
 @dataclass(frozen=True)
@@ -200,6 +239,7 @@ class Normalized:
     recent: float = 0.05
     random: float = 0.05
     name: ClassVar[str] = "normalized"
+    weighs: ClassVar[bool] = True
     looks: ClassVar[int] = 0
     needs: ClassVar[tuple[str, ...]] = ()
 

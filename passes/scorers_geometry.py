@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from kvcompile.kernels.rotary import rope
-from kvcompile.passes.scorers_attention import pooled
+from kvcompile.passes.scorers_attention import pooled, running
 from kvcompile.prompt import Held, Prompt
 
 
@@ -99,7 +99,7 @@ class Expected:
     def prompt(self, x: Prompt) -> Tensor:
         sinks, tokens = min(self.sinks, x.tokens - 1), x.tokens
         keys, values = x.keys[:, sinks:], x.values[:, sinks:]
-        q = self._unrotated(x)[:, :, sinks:]                       # [H, G, T, D]
+        q = x.unrotated(x.queries[:, :, :tokens])[:, :, sinks:]     # [H, G, T, D]
         mean = q.mean(2, keepdim=True)
         far = q - mean
         cov = far.transpose(-1, -2) @ far / q.shape[2]             # [H, G, D, D]
@@ -115,13 +115,6 @@ class Expected:
         out = torch.full((x.heads, tokens), torch.inf, device=scores.device)
         out[:, sinks:] = scores
         return out
-
-    def _unrotated(self, x: Prompt) -> Tensor:
-        q = x.queries[:, :, : x.tokens]
-        if x.angles is None:
-            return q
-        cos, sin = x.rotation(-x.positions[: x.tokens])
-        return rope(q, cos, sin, style=x.style)
 
     def _average(self, x: Prompt, dim: int) -> Tensor:
         """[D, D]: the mean rotation over the next positions; q -> q @ that.T."""
@@ -209,6 +202,12 @@ class Filter:
     name: ClassVar[str] = "filter"
     needs: ClassVar[tuple[str, ...]] = ()
 
+    def unfit(self, heads: int, dim: int) -> str:
+        sizes = {len(u) for u in self.directions}
+        return "" if len(self.directions) == heads and sizes == {dim} else (
+            f"{len(self.directions)} directions of {' or '.join(map(str, sorted(sizes)))} channels "
+            f"for a layer of {heads} kv heads of {dim}")
+
     def prompt(self, x: Prompt) -> Tensor:
         u = torch.tensor(self.directions, dtype=torch.float32, device=x.k.device)
         return -(x.keys * u[:, None]).sum(-1)
@@ -249,11 +248,7 @@ class Redundant:
         return out
 
     def observe(self, score: Tensor, mass: Tensor, new: Tensor) -> Tensor:
-        """A running mean of the weights over about `window` queries; of as many at once their
-        mean. The prompt's window begins like what is new."""
-        queries = new.sum(-1, keepdim=True).clamp(1, self.window)
-        mean = score * (1 - queries / self.window) + mass / self.window
-        return torch.where(new | score.isinf(), mass / queries, mean)
+        return running(score, mass, new, self.window)
 
     def final(self, score: Tensor, held: Held) -> Tensor:
         weight = pooled(score, self.kernel, "max")

@@ -109,9 +109,10 @@ def _rule(node: Node, axes: Mapping[str, Any], index: int, ruled: list[int], own
     if rule.apart and rule.observes:
         raise RecipeError(f"{term}: layer {index}: {rule.score.name} asks what each token gets of "
                           "the weights, which one slot for all dropped tokens changes")
-    problem = rule.short(argument(node, "k").meta["val"].shape[1]) or _missing(node, rule)
+    _, heads, _, dim = argument(node, "k").meta["val"].shape
+    problem = rule.unfit(heads, dim) or rule.short(heads) or _missing(node, rule)
     if problem:
-        raise RecipeError(f"{term}: layer {index}: {problem}")
+        raise RecipeError(f"{term.brief}: layer {index}: {problem}")
     node.kwargs = cast(Any, {**node.kwargs, "rule": str(rule)})
     drops = "" if not rule.every else ", and while decoding"
     tokens = f"tokens by {rule.score}, {rule.budget}{drops}" if KEEP + "score" in axes else ""

@@ -4,6 +4,7 @@ Each takes the layers' inputs and returns, for every layer and kv head, the set 
 """
 
 import math
+import statistics
 from collections.abc import Callable
 
 import torch
@@ -36,7 +37,9 @@ def window_scores(q: Tensor, k: Tensor, w: int, kernel: int = 5, pool: str = "av
     a = matrix(q, k)[:, :, t - w :, : t - w]
     if visible:
         a = a * torch.arange(t - w, t, dtype=torch.float64)[:, None]
-    s = a.mean(2) + gamma * ((a - a.mean(2, keepdim=True)) ** 2).mean(2)
+    s = a.mean(2)
+    if gamma:
+        s = s + gamma * ((a - a.mean(2, keepdim=True)) ** 2).sum(2) / (w - 1)
     out = []
     for head in s:
         each = []
@@ -231,16 +234,18 @@ def r_kv(layers: list[Layer], n: int, mix: float, w: int, kernel: int, alike: fl
 def cake(layers: list[Layer], mean: int, w: int, gamma: float, t1: float, t2: float) -> Kept:
     t, preference = layers[0][0].shape[1], []
     for q, k, _ in layers:
-        a = matrix(q, k)[:, :, t - w :, : t - w].flatten(0, 1).mean(0)
-        p = a.mean(0)
-        entropy = -sum(float(x) * math.log(max(float(x), 1e-10)) for x in p)
-        variance = float(((a - p) ** 2).mean(0).sum())
-        preference.append(entropy ** (1 / t1) * variance ** (1 / t2))
-    out = []
-    for layer, own in zip(layers, preference, strict=True):
-        n = min(t, w + int((mean - w) * len(layers) * own / sum(preference)))
-        out += snapkv([layer], n, w, gamma=gamma)
-    return out
+        entropy, variance = 0.0, 0.0
+        for head in matrix(q, k)[:, :, t - w :, : t - w].flatten(0, 1):
+            entropy -= sum(x * math.log(x + 1e-10) for row in head.tolist() for x in row)
+            variance += sum(statistics.variance(column) for column in head.T.tolist())
+        preference.append((entropy / Q_HEADS) ** (1 / t1) * (variance / Q_HEADS) ** (1 / t2))
+    spare = (mean - w) * len(layers)
+    each = [int(spare * own / sum(preference)) for own in preference]
+    assert max(each) < t - w                            # no layer takes all: what is left is even
+    for i in range(spare - sum(each)):
+        each[i] += 1
+    return [kept for layer, n in zip(layers, each, strict=True)
+            for kept in snapkv([layer], w + n, w, gamma=gamma)]
 
 
 def simlayerkv(layers: list[Layer], sinks: int, recent: int, above: float) -> Kept:

@@ -95,6 +95,8 @@ class Lists:
             for t, w in given.items():
                 if self.policy == "h2o":
                     score[t] = score.get(t, 0.0) + w
+                elif self.policy == "a2sf":
+                    score[t] = 0.6 * score.get(t, 0.0) + w
                 elif self.policy == "tova":
                     score[t] = sum(e[t] for e in every) / HEADS
                 elif self.policy == "scissorhands":
@@ -109,7 +111,8 @@ class Lists:
 
 
 @pytest.mark.parametrize(("recipe", "slack", "recent"), [
-    ("h2o(budget=24)", 1, 12), ("tova(budget=24)", 1, 1), ("knorm(budget=24, decode=true)", 1, 0),
+    ("h2o(budget=24)", 1, 12), ("tova(budget=24)", 1, 1),
+    ("a2sf(budget=24, decay=0.6)", 1, 12), ("knorm(budget=24, decode=true)", 1, 0),
     ("scissorhands(budget=24, every=9, recent=5)", 9, 5)])
 def test_every_step_evicts_as_the_policy_says(recipe, slack, recent):
     limit = 24
@@ -418,12 +421,20 @@ def test_windows_keep_their_own_tokens():
     ("adakv(scorer=snapkv(budget=3))", "budget belongs to the method around it"),
     ("adakv(scorer=snapk)", "unknown method 'snapk'; did you mean 'snapkv'?"),
     ("adakv(scorer=finch, budget=9)", "finch takes ratio= only"),
-    ("dms(scorer=snapkv)", "window scores whole prompts, not the tokens that follow"),
+    ("dms(scorer=expected_attention)", "expected scores whole prompts, not the tokens that follow"),
     ("h2o+protect", "unknown method 'protect'"),
     ("h2o+kivi(residual=96)", "blocks of 96 tokens are encoded together"),
     ("dms+kivi", "budget threshold evicts single tokens"),
     ("lagkv(decode=true, budget=9)", "lagkv: decode=true keeps a share of every part: give ratio="),
     ("duoattention(heads=[[1, 0]])", "was calibrated for 1 layers, but claims 4"),
+    ("duoattention(heads=[[1, 0, 1], [0, 0, 0], [1, 0, 1], [0, 0, 0]])",
+     "layer 0: a map of 3 heads for a layer of 2 kv heads"),
+    (f"qfilters(filters={[[[1.0] * 8] * 2] * 4})",
+     "qfilters(filters=..): layer 0: 2 directions of 8 channels for a layer of 2 kv heads of 16"),
+    (f"chunkkv(scorer=qfilters(filters={[[[1.0] * 16]] * 4}), ratio=0.5)",
+     "qfilters says for each layer what it keeps, and cannot be wrapped yet"),
+    ('duoattention(file="there/is/none.tsv")', 'duoattention: file="there/is/none.tsv" cannot be '
+     "read: No such file or directory"),
 ])
 def test_bad_recipes_get_one_line(recipe, text):
     with pytest.raises(RecipeError) as info:
@@ -431,11 +442,24 @@ def test_bad_recipes_get_one_line(recipe, text):
     assert text in str(info.value) and "\n" not in str(info.value)
 
 
-def test_a_pattern_of_another_model():
-    model = kvcompile.optimize(optimized("llama:2"), "duoattention(heads=[[1, 0, 1], [0, 0, 0]])",
-                               compile=False)
-    with pytest.raises(RecipeError, match="a map of 3 heads for a layer of 2 kv heads"):
-        model(prompt(20), use_cache=True)
+def test_a_published_pattern_of_heads(tmp_path):
+    """The heads of the largest numbers of all keep everything; a pattern of another model, or none,
+    gets one line."""
+    file = tmp_path / "full_attention_heads.tsv"
+    file.write_text("0.9\t0.1\n-0.2\t1.3\n")
+    recipe = f'duoattention(file="{file}", sinks=1, recent=4)'
+    model = kvcompile.optimize(optimized("llama:2"), recipe, compile=False)
+    cache = kvcompile.prefill(model, prompt(20))
+    assert [cache.stored_tokens(i).tolist() for i in (0, 1)] == [[[20, 5]], [[5, 20]]]
+    assert model.kvcompile.program.recipe.terms[0].get("heads") == ((1, 0), (0, 1))
+    for text, says in (("0.9\t0.1\n" * 3, "is a pattern of 3 layers of 2 kv heads, but 2 layers"),
+                       ("0.9\t0.1\n0.5\n", "is a pattern of 2 layers of 1 or 2 kv heads, but 2"),
+                       ("0.9\t0.1\t0.2\n" * 2, "a map of 3 heads for a layer of 2 kv heads"),
+                       ("head one", "is no pattern of heads: could not convert string to float")):
+        file.write_text(text)
+        with pytest.raises(RecipeError) as info:
+            kvcompile.optimize(optimized("llama:2"), recipe, compile=False)
+        assert says in str(info.value) and "\n" not in str(info.value)
 
 
 def test_a_budget_larger_than_the_prompt_is_said(caplog):

@@ -49,17 +49,8 @@ class Head:
     def call(self, q: Tensor, new: list[Token], seen: Tensor, scale: float, looking: Sequence[int]
              ) -> None:
         """Queries q [G, S, D] see `seen` [N, D], stored keys, and those of their own call."""
-        keys = torch.cat([seen, *(t.k[None] for t in new)])
-        for i in looking:
-            logits = q[:, i] @ keys[: len(seen) + i + 1].T * scale
-            weights = logits.softmax(-1).mean(0).tolist()
-            tokens = [*self.waiting, *new[: i + 1]]
-            for token, weight in zip(tokens, weights[len(weights) - len(tokens):], strict=True):
-                token.got, token.looked = token.got + weight, token.looked + 1
+        self.score(q, new, torch.cat([seen, *(t.k[None] for t in new)]), len(seen), scale, looking)
         tokens = self.waiting + new
-        if len(looking) < len(new):                # those that looked stand for all
-            for age, token in enumerate(reversed(new), 1):
-                token.got, token.looked = token.got / token.looked * age, age
         full = len(tokens) // BLOCK * BLOCK
         best = sorted(tokens[:full], key=lambda t: -t.got / (1 if self.total else t.looked))
         chosen = {t.id for t in best[: full // BLOCK * self.salient]}
@@ -69,8 +60,43 @@ class Head:
                                      zip(both, (self.salient, BLOCK - self.salient), strict=True)))
         self.waiting = tokens[full:]
 
+    def score(self, q: Tensor, new: list[Token], keys: Tensor, before: int, scale: float,
+              looking: Sequence[int]) -> None:
+        for i in looking:
+            logits = q[:, i] @ keys[: before + i + 1].T * scale
+            weights = logits.softmax(-1).mean(0).tolist()
+            tokens = [*self.waiting, *new[: i + 1]]
+            for token, weight in zip(tokens, weights[len(weights) - len(tokens):], strict=True):
+                token.got, token.looked = token.got + weight, token.looked + 1
+        if len(looking) < len(new):                # those that looked stand for all
+            for age, token in enumerate(reversed(new), 1):
+                token.got, token.looked = token.got / token.looked * age, age
+
     def ids(self) -> list[int]:
         return [t.id for block in (*(h + l for h, l in self.blocks), self.waiting) for t in block]
+
+
+class Windowed(Head):
+    """SnapKV's scores (arXiv:2404.14469) of a prompt, then means of about the last 8 queries."""
+
+    def score(self, q: Tensor, new: list[Token], keys: Tensor, before: int, scale: float,
+              looking: Sequence[int]) -> None:
+        every = [(q[:, i] @ keys[: before + i + 1].T * scale).softmax(-1) for i in range(len(new))]
+        if not before:
+            first = len(new) - 8
+            mean = sum(w[:, :first] for w in every[first:]) / 8
+            for i, token in enumerate(new[:first]):
+                token.got = float(mean[:, max(0, i - 2) : i + 3].sum(1).mean()) / 5
+            for token in new[first:]:
+                token.got = float("inf")
+            return
+        weights = sum(torch.nn.functional.pad(w.mean(0), (0, keys.shape[0] - w.shape[1]))
+                      for w in every).tolist()
+        n = min(len(new), 8)
+        for token, w in zip([*self.waiting, *new], weights[before - len(self.waiting):],
+                            strict=True):
+            begins = token.got == float("inf") or any(token is t for t in new)
+            token.got = w / n if begins else token.got * (1 - n / 8) + w / 8
 
 
 def steps(x: Tensor, bits: int, dim: int) -> Tensor:
@@ -79,7 +105,7 @@ def steps(x: Tensor, bits: int, dim: int) -> Tensor:
 
 
 def total_of(recipe: str) -> bool:
-    return recipe == "mikv"
+    return recipe.startswith("mikv")
 
 
 def within(got: Tensor, want: Tensor, step: Tensor) -> None:
@@ -116,7 +142,9 @@ def check(head: Head, ids: Tensor, k: Tensor, v: Tensor, bits: tuple[int, int]) 
 @pytest.mark.parametrize("recipe, cut, calls", [
     ("zipcache", 64, (360, *[1] * 42)),
     ("zipcache(bits=8, low=4, salient=0.25)", 32, (100, 60, 300, 1)),
-    ("mikv", 32, (270, 1, 1, 100, 30))], ids=["steps", "turns", "mikv"])
+    ("mikv", 32, (270, 1, 1, 100, 30)),
+    ("mikv(scorer=snapkv(window=8))", 32, (270, 1, 1, *[1] * 120, 7))],
+    ids=["steps", "turns", "mikv", "snapkv"])
 def test_it_is_the_method(recipe, cut, calls):
     """A prompt, later turns and steps, rows of unequal length: the same tokens in each tier."""
     program = optimized("llama:2", recipe).kvcompile.program
@@ -138,7 +166,8 @@ def test_it_is_the_method(recipe, cut, calls):
                 "scorer", "normalized").probes(len(where)).tolist()
             held = slots(before, layer, row) if start else (None, x.k[:, :0], None)
             for h in range(x.k.shape[0]):
-                head = heads.setdefault((layer, row, h), Head(cut, total_of(recipe)))
+                kind = Windowed if "snapkv" in recipe else Head
+                head = heads.setdefault((layer, row, h), kind(cut, total_of(recipe)))
                 new = [Token(i, x.k[h, n].double(), x.v[h, n].double())
                        for n, i in enumerate(where)]
                 group = x.q.shape[0] // x.k.shape[0]
@@ -222,7 +251,7 @@ def test_layers_without_scores_have_one_precision():
 
 @pytest.mark.parametrize("recipe, what", [
     ("zipcache+kivi", "both set format.k"), ("h2o+zipcache", "both set keep.score"),
-    ("mikv(scorer=snapkv)", "window does not score the tokens that follow"),
+    ("mikv(scorer=keydiff)", "keydiff does not score the tokens that follow"),
     ("zipcache+streamingllm", "both say which tokens stay"),
     ("zipcache(salient=0.3)", "salient must be one of 0.125")])
 def test_what_cannot_be_combined(recipe, what):
