@@ -10,7 +10,7 @@ from kvcompile.errors import RecipeError
 from kvcompile.format import PAGE, Planes, Side, StepPlane
 from kvcompile.kernels.dense import CPP
 from kvcompile.kernels.triton_source import TILES
-from kvcompile.kernels.wrapper import Wrapper, total
+from kvcompile.kernels.wrapper import Wrapper, root, total
 from kvcompile.recipe import Term
 
 FLAT = 1e-4  # below this sine two directions are as good as one, or opposite
@@ -60,7 +60,7 @@ class Direction(Wrapper):
 
     def encode(self, x: Tensor, side: Side) -> dict[str, Tensor]:
         a, b = x.float().unflatten(-2, (-1, PAGE)).chunk(2, -1)     # [..., n, 128, D]
-        lengths = [total(v * v).double().sqrt().float() for v in (a, b)]  # torch rounds fp32 oddly
+        lengths = [root(total(v * v)) for v in (a, b)]
         a, b = (v / torch.where(n == 0, 1, n) for v, n in zip((a, b), lengths, strict=True))
         none = [n == 0 for n in lengths]  # zeros have no direction: the other's is the pair's
         a, b = torch.where(none[0], b, a), torch.where(none[1], a, b)

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvcompile.errors import RecipeError
 from kvcompile.format import Planes, Side, StepPlane
 from kvcompile.kernels.int_group import F16_MAX
-from kvcompile.kernels.wrapper import Wrapper, total
+from kvcompile.kernels.wrapper import Wrapper, root, total
 from kvcompile.recipe import Term
 
 STEPS = 3  # of the iteration
@@ -127,7 +127,7 @@ def _orthonormal(rows: Tensor) -> Tensor:
         for _ in range(2 if done.shape[-2] else 0):
             x = x - total((done * total(done * x)).mT).mT
         size = total(x * x)
-        length = size.double().sqrt().float()  # torch rounds fp32 oddly
+        length = root(size)
         x = torch.where(size > before * 1e-12, x / length, 0.0)
         done = torch.cat([done, x], -2)
     return done

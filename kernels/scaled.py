@@ -9,7 +9,7 @@ from torch import Tensor
 from kvcompile.format import Planes, Side, StepPlane
 from kvcompile.kernels.int_group import F16_MAX, round_up
 from kvcompile.kernels.triton_source import of
-from kvcompile.kernels.wrapper import Wrapper
+from kvcompile.kernels.wrapper import Wrapper, root
 from kvcompile.recipe import Term
 
 
@@ -35,7 +35,7 @@ class Scaled(Wrapper):
 
     def encode(self, x: Tensor, side: Side) -> dict[str, Tensor]:
         blocks = x.float().unflatten(-2, (-1, self.step))
-        scale = round_up(blocks.abs().amax(-2).sqrt()).clamp_min(2.0**-12)
+        scale = round_up(root(blocks.abs().amax(-2))).clamp_min(2.0**-12)
         rest = (blocks / scale.float()[..., None, :]).flatten(-3, -2)
         inside = self.join(self.inner.encode(rest, side), x.shape[-1], side)
         return {**inside, "channel": scale}

@@ -110,6 +110,12 @@ def check_steps(fmt: Format) -> None:
         raise RecipeError(f"format {fmt.name} has no Triton writer of several blocks at once")
 
 
+def root(x: Tensor) -> Tensor:
+    """The square root of fp32 x, rounded correctly, as kernels have it: torch's own is not on every
+    CPU (its vector library's last bit is off for a sixth of the numbers on some)."""
+    return x.double().sqrt().float()
+
+
 def total(x: Tensor) -> Tensor:
     """The sum over the last dim, kept: half of it added to the other, so that every machine and
     the kernels (`kernels/cpp/wrapper_writer.h`) get the same bits."""

@@ -51,9 +51,12 @@ template <class C> struct Queries {  // of one kv head, scaled
     float peak[C::G], turned_peak[C::G];  // largest magnitudes
 };
 
+struct Page { long number, ahead; };  // and how many further the next one lies that will be read
+
 template <class Reader, int R, bool ROUGH>
-inline void read_logits(const Tier& tier, long page, const float* const* q, const float* peaks, int from, int to, float (*out)[PAGE]) {
-    Reader reader(tier.plane, page);
+inline void read_logits(const Tier& tier, const Page& page, const float* const* q, const float* peaks, int from, int to, float (*out)[PAGE]) {
+    Reader reader(tier.plane, page.number);
+    look_ahead(reader, page.ahead);
     if (from % 16 == 0) {
         reader.template logits<R, ROUGH>(q, peaks, from / 16, (to + 15) / 16, out);
         return;
@@ -64,8 +67,9 @@ inline void read_logits(const Tier& tier, long page, const float* const* q, cons
 }
 
 template <class Reader, int R, bool ROUGH, int D>
-inline void add_values(const Tier& tier, long page, const float (*p)[PAGE], const float* share, int from, int to, bool whole, float (*o)[D]) {
-    Reader reader(tier.plane, page);
+inline void add_values(const Tier& tier, const Page& page, const float (*p)[PAGE], const float* share, int from, int to, bool whole, float (*o)[D]) {
+    Reader reader(tier.plane, page.number);
+    look_ahead(reader, page.ahead);
     if (whole) {
         reader.template add<R, ROUGH>(p, share, from / 16, (to + 15) / 16, o);
         return;
@@ -151,8 +155,8 @@ inline void weigh(float (*x)[PAGE], int from, int to, State<C>& s, int row, floa
 
 // Logits of a tier's tokens, the first of the page at `number`; keys are made if they have to be.
 template <class C, class Reader, int R, int ROW>
-inline void tier_logits(const Tier& tier, long page, const Making<C>& making, long number, const float* const* q, const float* peaks, int from, int to, float (*out)[PAGE]) {
-    if constexpr (C::MADE) made_logits<C, Reader, R, ROW>(tier, page, making, number, q, from, to, out);
+inline void tier_logits(const Tier& tier, const Page& page, const Making<C>& making, long number, const float* const* q, const float* peaks, int from, int to, float (*out)[PAGE]) {
+    if constexpr (C::MADE) made_logits<C, Reader, R, ROW>(tier, page.number, making, number, q, from, to, out);
     else read_logits<Reader, R, C::ROUGH>(tier, page, q, peaks, from, to, out);
 }
 
@@ -167,8 +171,13 @@ inline void rows(const typename C::Tiers& tiers, const Span<C>& at, long place, 
         q[r] = query.q[ROW + r];
         body[r] = k_turns<C> ? query.turned[ROW + r] : q[r];
     }
-    auto id = [&](const Tier& tier, long ring) { return (long)tier.table[place * tier.pages + (ring ? block % ring : block)]; };
     long base = block * PAGE;
+    auto id = [&](const Tier& tier, long ring) {
+        const int32_t* table = tier.table + place * tier.pages;
+        long own = ring ? block % ring : block, then = ring ? (block + 1) % ring : block + 1;
+        bool more = base + PAGE < at.queued && then < tier.pages;
+        return Page{table[own], more ? (long)table[then] - table[own] : 0};
+    };
     if (sinks) {
         if constexpr (C::SINKS > 0) {
             int from = (int)(std::max(at.low, base) - base), to = (int)(std::min({at.count, (long)C::SINKS, base + PAGE}) - base);

@@ -3,6 +3,14 @@ namespace kvc {
 
 constexpr int PAGE = 128;
 constexpr int CONSTANTS = 12;  // where a tier's planes name the layer's constants
+// Readers that can are told how many pages further the next one is that will be read: they fetch its
+// bytes as they read their own, since processors look ahead within 4 KiB only.
+template <class Reader, class = void> constexpr bool looks = false;
+template <class Reader> constexpr bool looks<Reader, std::void_t<decltype(&Reader::ahead)>> = true;
+template <class Reader> inline void look_ahead(Reader& reader, long pages) {
+    if constexpr (looks<Reader>) reader.ahead(pages);
+}
+
 constexpr int WIDE = KVC_AVX512 ? 4 : 1;  // token groups or tiles that are worked on abreast
 enum Axis { channel_axis, token_axis };
 
@@ -68,7 +76,9 @@ template <int EXPONENT> struct Float8 {  // e4m3 or e5m2
 #endif
 };
 
-template <int N, class Body> inline void unroll(Body&& body) {
+// body(0), .., body(N - 1). Arrays that are indexed by these numbers alone become registers, if
+// everything is inlined early: so bodies are ALWAYS.
+template <int N, class Body> ALWAYS inline void unroll(Body&& body) {
     if constexpr (N > 0) {
         unroll<N - 1>(body);
         body(std::integral_constant<int, N - 1>{});
@@ -101,26 +111,36 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedK
     const uint8_t* codes;
     const S *scale, *low;
     V values;
+    static constexpr long PLACES = PAGE / 16 * TILES * 64;
+    long next = 0, next_scale = 0;  // bytes
 
     CodedK(const void* const* plane, long page)
-        : codes((const uint8_t*)plane[0] + page * (PAGE / 16 * TILES * 64)),
-          scale((const S*)plane[1] + page * SCALES),
+        : codes((const uint8_t*)plane[0] + page * PLACES), scale((const S*)plane[1] + page * SCALES),
           low(LOW ? (const S*)plane[2] + page * SCALES : nullptr), values(values_of<V>(plane)) {}
+
+    void ahead(long pages) { next = pages * PLACES, next_scale = pages * SCALES * (long)sizeof(S); }
+
+    vi codes_at(int group, int tile) const {
+        const uint8_t* at = codes + (group * TILES + tile) * 64;
+        fetch(at, next);
+        return load_bytes(at);
+    }
+    vf number_at(const S* p) const { fetch(p, next_scale); return load(p); }
 
     // acc[i][r] += q[r] . codes of token group group + i, over tiles [first, last)
     template <int R, int N>
-    void dots(const float (*q)[ROOM], int group, int first, int last, vf (&acc)[N][R]) const {
+    ALWAYS inline void dots(const float (*q)[ROOM], int group, int first, int last, vf (&acc)[N][R]) const {
         for (int tile = first; tile < last; tile++) {
             vi word[N];
-            for (int i = 0; i < N; i++) word[i] = load_bytes(codes + ((group + i) * TILES + tile) * 64);
-            unroll<4>([&](auto c) {
-                unroll<F>([&](auto f) {
+            unroll<N>([&](auto i) ALWAYS { word[i] = codes_at(group + i, tile); });
+            unroll<4>([&](auto c) ALWAYS {
+                unroll<F>([&](auto f) ALWAYS {
                     vf x[R];
-                    for (int r = 0; r < R; r++) x[r] = set(q[r][tile * TILE + f * 4 + c]);
-                    for (int i = 0; i < N; i++) {
+                    unroll<R>([&](auto r) ALWAYS { x[r] = set(q[r][tile * TILE + f * 4 + c]); });
+                    unroll<N>([&](auto i) ALWAYS {
                         vf k = values.template at<8 * c + V::bits * f>(word[i]);
-                        for (int r = 0; r < R; r++) acc[i][r] = fma(x[r], k, acc[i][r]);
-                    }
+                        unroll<R>([&](auto r) ALWAYS { acc[i][r] = fma(x[r], k, acc[i][r]); });
+                    });
                 });
             });
         }
@@ -128,18 +148,18 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedK
 
 #if KVC_INTEGER
     template <int R, int N>
-    void dots(const int32_t (*q)[ROOM / 2], int group, int first, int last, vi (&acc)[N][R]) const {
+    ALWAYS inline void dots(const int32_t (*q)[ROOM / 2], int group, int first, int last, vi (&acc)[N][R]) const {
         for (int tile = first; tile < last; tile++) {
             vi word[N];
-            for (int i = 0; i < N; i++) word[i] = load_bytes(codes + ((group + i) * TILES + tile) * 64);
-            unroll<2>([&](auto c) {
-                unroll<F>([&](auto f) {
+            unroll<N>([&](auto i) ALWAYS { word[i] = codes_at(group + i, tile); });
+            unroll<2>([&](auto c) ALWAYS {
+                unroll<F>([&](auto f) ALWAYS {
                     vi x[R];
-                    for (int r = 0; r < R; r++) x[r] = set_int(q[r][(tile * F + f) * 2 + c]);
-                    for (int i = 0; i < N; i++) {
+                    unroll<R>([&](auto r) ALWAYS { x[r] = set_int(q[r][(tile * F + f) * 2 + c]); });
+                    unroll<N>([&](auto i) ALWAYS {
                         vi k = field<8 * c + V::bits * f, V::bits>(word[i]);
-                        for (int r = 0; r < R; r++) acc[i][r] = dot(acc[i][r], k, x[r]);
-                    }
+                        unroll<R>([&](auto r) ALWAYS { acc[i][r] = dot(acc[i][r], k, x[r]); });
+                    });
                 });
             });
         }
@@ -157,40 +177,40 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedK
 
     template <int R, int N, bool ROUGH>
     void some(const Query<R>& query, int group, float (*out)[PAGE]) const {
-        constexpr int each = GROUPS == 1 ? TILES : GROUP / TILE;
+        constexpr int wide = GROUPS == 1 ? TILES : GROUP / TILE;  // tiles of a group
         vf total[N][R];
-        for (int i = 0; i < N; i++) for (int r = 0; r < R; r++)
-            total[i][r] = set(AXIS == channel_axis ? query.bias[0][r] : 0.0f);
+        auto each = [](auto&& body) ALWAYS { unroll<N>([&](auto i) ALWAYS { unroll<R>([&](auto r) ALWAYS { body(i, r); }); }); };
+        each([&](auto i, auto r) ALWAYS { total[i][r] = set(AXIS == channel_axis ? query.bias[0][r] : 0.0f); });
         for (int g = 0; g < GROUPS; g++) {
             vf acc[N][R];
             if constexpr (ROUGH && V::whole && KVC_INTEGER) {
 #if KVC_INTEGER
                 vi whole[N][R];
-                for (int i = 0; i < N; i++) for (int r = 0; r < R; r++) whole[i][r] = zero();
-                dots<R, N>(query.whole, group, g * each, (g + 1) * each, whole);
-                for (int i = 0; i < N; i++) for (int r = 0; r < R; r++) {
+                each([&](auto i, auto r) ALWAYS { whole[i][r] = zero(); });
+                dots<R, N>(query.whole, group, g * wide, (g + 1) * wide, whole);
+                each([&](auto i, auto r) ALWAYS {
                     acc[i][r] = number(whole[i][r]) * set(query.unit[r]);
                     if constexpr (V::offset != 0) acc[i][r] = acc[i][r] - set(query.shift[g][r]);
-                }
+                });
 #endif
             } else {
-                for (int i = 0; i < N; i++) for (int r = 0; r < R; r++) acc[i][r] = set(0.0f);
-                dots<R, N>(query.q, group, g * each, (g + 1) * each, acc);
+                each([&](auto i, auto r) ALWAYS { acc[i][r] = set(0.0f); });
+                dots<R, N>(query.q, group, g * wide, (g + 1) * wide, acc);
             }
-            for (int i = 0; i < N; i++) {
+            unroll<N>([&](auto i) ALWAYS {
                 if constexpr (AXIS == channel_axis) {
-                    for (int r = 0; r < R; r++) total[i][r] = total[i][r] + acc[i][r];
+                    unroll<R>([&](auto r) ALWAYS { total[i][r] = total[i][r] + acc[i][r]; });
                 } else {
-                    vf s = load(scale + g * PAGE + (group + i) * 16);
-                    for (int r = 0; r < R; r++) total[i][r] = fma(acc[i][r], s, total[i][r]);
+                    vf s = number_at(scale + g * PAGE + (group + i) * 16);
+                    unroll<R>([&](auto r) ALWAYS { total[i][r] = fma(acc[i][r], s, total[i][r]); });
                     if constexpr (LOW) {
-                        vf z = load(low + g * PAGE + (group + i) * 16);
-                        for (int r = 0; r < R; r++) total[i][r] = fma(set(query.bias[g][r]), z, total[i][r]);
+                        vf z = number_at(low + g * PAGE + (group + i) * 16);
+                        unroll<R>([&](auto r) ALWAYS { total[i][r] = fma(set(query.bias[g][r]), z, total[i][r]); });
                     }
                 }
-            }
+            });
         }
-        for (int i = 0; i < N; i++) for (int r = 0; r < R; r++) store(out[r] + (group + i) * 16, total[i][r]);
+        each([&](auto i, auto r) ALWAYS { store(out[r] + (group + i) * 16, total[i][r]); });
     }
 
     template <int R, bool ROUGH> void run(Query<R>& query, int first, int last, float (*out)[PAGE]) const {
@@ -248,11 +268,11 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedK
                 vf most = set(0.0f), bias[R];
                 for (int r = 0; r < R; r++) bias[r] = set(0.0f);
                 for (int d = 0; d < D; d += 16) {
-                    vf x = load(scale + step * D + d);
+                    vf x = number_at(scale + step * D + d);
                     most = max(most, x);
                     store(factor + d, x);
                     if constexpr (LOW) {
-                        vf z = load(low + step * D + d);
+                        vf z = number_at(low + step * D + d);
                         for (int r = 0; r < R; r++) bias[r] = fma(load(q[r] + d), z, bias[r]);
                     }
                 }
@@ -272,8 +292,8 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedK
             alignas(64) float x[PAD][16];  // channel by channel
             for (int tile = 0; tile < TILES; tile++) {
                 vi word = load_bytes(codes + (group * TILES + tile) * 64);
-                unroll<4>([&](auto c) {
-                    unroll<F>([&](auto f) { store(x[tile * TILE + f * 4 + c], values.template at<8 * c + V::bits * f>(word)); });
+                unroll<4>([&](auto c) ALWAYS {
+                    unroll<F>([&](auto f) ALWAYS { store(x[tile * TILE + f * 4 + c], values.template at<8 * c + V::bits * f>(word)); });
                 });
             }
             for (int d = 0; d < D; d++) {
@@ -303,11 +323,14 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedV
     const uint8_t* codes;
     const S *scale, *low;
     V values;
+    long next = 0, next_scale = 0;  // bytes
 
     CodedV(const void* const* plane, long page)
-        : codes((const uint8_t*)plane[0] + page * (PAGE * BYTES)),
-          scale((const S*)plane[1] + page * SCALES),
+        : codes((const uint8_t*)plane[0] + page * (PAGE * BYTES)), scale((const S*)plane[1] + page * SCALES),
           low(LOW ? (const S*)plane[2] + page * SCALES : nullptr), values(values_of<V>(plane)) {}
+
+    void ahead(long pages) { next = pages * (PAGE * BYTES), next_scale = pages * SCALES * (long)sizeof(S); }
+    vf number_at(const S* p) const { fetch(p, next_scale); return load(p); }
 
     template <int R> struct Weights {  // of every channel group: p times the scales
         alignas(64) float p[GROUPS][R][PAGE];
@@ -319,6 +342,7 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedV
 
     template <bool REMAINDER> vi codes_at(int quad, int tile) const {
         const uint8_t* at = codes + (quad * BYTES + tile * 16) * 4;
+        fetch(at, next);
         if constexpr (!REMAINDER) return load_bytes(at);
         alignas(64) uint8_t x[64] = {};
         std::memcpy(x, at, REST * 4);
@@ -335,54 +359,60 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedV
         if constexpr (ROUGH && V::whole && KVC_INTEGER) {
 #if KVC_INTEGER
             vi whole[N * F][R];
-            for (int i = 0; i < N * F; i++) for (int r = 0; r < R; r++) whole[i][r] = zero();
+            unroll<N * F>([&](auto i) ALWAYS { unroll<R>([&](auto r) ALWAYS { whole[i][r] = zero(); }); });
             for (int quad = first; quad < last; quad++) {
                 vi word[N];
-                for (int i = 0; i < N; i++) word[i] = codes_at<REMAINDER>(quad, tile + i);
-                unroll<2>([&](auto c) {
-                    unroll<N>([&](auto i) {
-                        unroll<F>([&](auto f) {
+                unroll<N>([&](auto i) ALWAYS { word[i] = codes_at<REMAINDER>(quad, tile + i); });
+                unroll<2>([&](auto c) ALWAYS {
+                    unroll<N>([&](auto i) ALWAYS {
+                        unroll<F>([&](auto f) ALWAYS {
                             vi v = field<8 * c + V::bits * f, V::bits>(word[i]);
                             constexpr int group = group_of((tile + i) * TILE + f * lanes);
-                            for (int r = 0; r < R; r++)
+                            unroll<R>([&](auto r) ALWAYS {
                                 whole[i * F + f][r] = dot(whole[i * F + f][r], v, set_int(weights.whole[group][r][quad * 2 + c]));
+                            });
                         });
                     });
                 });
             }
-            for (int i = 0; i < N * F; i++) for (int r = 0; r < R; r++) {
-                int group = group_of((tile + i / F) * TILE + i % F * lanes);
-                acc[i][r] = number(whole[i][r]) * set(weights.unit[group]);
-                if constexpr (V::offset != 0) acc[i][r] = acc[i][r] - set(weights.shift[group][r]);
-            }
+            unroll<N * F>([&](auto i) ALWAYS {
+                constexpr int group = group_of((tile + i / F) * TILE + i % F * lanes);
+                unroll<R>([&](auto r) ALWAYS {
+                    acc[i][r] = number(whole[i][r]) * set(weights.unit[group]);
+                    if constexpr (V::offset != 0) acc[i][r] = acc[i][r] - set(weights.shift[group][r]);
+                });
+            });
 #endif
         } else {
-            for (int i = 0; i < N * F; i++) for (int r = 0; r < R; r++) acc[i][r] = set(0.0f);
+            unroll<N * F>([&](auto i) ALWAYS { unroll<R>([&](auto r) ALWAYS { acc[i][r] = set(0.0f); }); });
             for (int quad = first; quad < last; quad++) {
                 vi word[N];
-                for (int i = 0; i < N; i++) word[i] = codes_at<REMAINDER>(quad, tile + i);
-                unroll<4>([&](auto c) {
-                    unroll<N>([&](auto i) {
-                        unroll<F>([&](auto f) {
+                unroll<N>([&](auto i) ALWAYS { word[i] = codes_at<REMAINDER>(quad, tile + i); });
+                unroll<4>([&](auto c) ALWAYS {
+                    unroll<N>([&](auto i) ALWAYS {
+                        unroll<F>([&](auto f) ALWAYS {
                             vf v = values.template at<8 * c + V::bits * f>(word[i]);
                             constexpr int group = group_of((tile + i) * TILE + f * lanes);
-                            for (int r = 0; r < R; r++)
+                            unroll<R>([&](auto r) ALWAYS {
                                 acc[i * F + f][r] = fma(set(weights.p[group][r][quad * 4 + c]), v, acc[i * F + f][r]);
+                            });
                         });
                     });
                 });
             }
         }
-        for (int i = 0; i < N * F; i++) for (int r = 0; r < R; r++) {
-            float* to = o[r] + tile * TILE + i * lanes;
-            if constexpr (REMAINDER) {
-                float x[16];
-                store(x, acc[i][r]);
-                for (int d = 0; d < lanes; d++) to[d] += share[r] * x[d];
-            } else {
-                store(to, fma(acc[i][r], set(share[r]), load(to)));
-            }
-        }
+        unroll<N * F>([&](auto i) ALWAYS {
+            unroll<R>([&](auto r) ALWAYS {
+                float* to = o[r] + tile * TILE + i * lanes;
+                if constexpr (REMAINDER) {
+                    float x[16];
+                    store(x, acc[i][r]);
+                    for (int d = 0; d < lanes; d++) to[d] += share[r] * x[d];
+                } else {
+                    store(to, fma(acc[i][r], set(share[r]), load(to)));
+                }
+            });
+        });
     }
 
     template <int R, bool ROUGH, int TILE0 = 0>
@@ -432,11 +462,11 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedV
                 vf most = set(0.0f), bias[R];
                 for (int r = 0; r < R; r++) bias[r] = set(0.0f);
                 for (int t = first * 16; t < last * 16; t += 16) {
-                    vf x = load(scale + g * PAGE + t);
+                    vf x = number_at(scale + g * PAGE + t);
                     most = max(most, x);
                     store(factor + t, x);
                     if constexpr (LOW) {
-                        vf z = load(low + g * PAGE + t);
+                        vf z = number_at(low + g * PAGE + t);
                         for (int r = 0; r < R; r++) bias[r] = fma(load(p[r] + t), z, bias[r]);
                     }
                 }
@@ -477,9 +507,9 @@ template <int D, class V, Axis AXIS, int GROUP, class S, bool LOW> struct CodedV
             unroll<TILES + (REST > 0)>([&](auto tile) {
                 constexpr bool remainder = tile == TILES;
                 vi word = codes_at<remainder>(quad, tile);
-                unroll<F>([&](auto f) {
+                unroll<F>([&](auto f) ALWAYS {
                     constexpr int at = tile * TILE + f * (remainder ? REST : 16);
-                    unroll<4>([&](auto c) { store(x[c] + at, values.template at<8 * c + V::bits * f>(word)); });
+                    unroll<4>([&](auto c) ALWAYS { store(x[c] + at, values.template at<8 * c + V::bits * f>(word)); });
                 });
             });
             for (int c = 0; c < 4; c++) for (int d = 0; d < D; d += 16) {

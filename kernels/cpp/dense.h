@@ -10,7 +10,9 @@ template <int D, int N, class T> inline void dense_rows(const T* data, int first
 template <int D, class T, int N = 1> struct DenseK {
     static constexpr int planes = 1;
     const T* data;
+    long next = 0;  // bytes
     DenseK(const void* const* plane, long page) : data((const T*)plane[0] + page * (PAGE * N * D)) {}
+    void ahead(long pages) { next = pages * (PAGE * N * D) * (long)sizeof(T); }
 
     template <int R, bool> void logits(const float* const* q, const float*, int first, int last, float (*out)[PAGE]) const {
         for (int group = first; group < last; group++) {
@@ -20,6 +22,7 @@ template <int D, class T, int N = 1> struct DenseK {
                 vf acc[R];
                 for (int r = 0; r < R; r++) acc[r] = set(0.0f);
                 for (int d = 0; d < D; d += 16) {
+                    fetch(k + d, next);
                     vf x = load(k + d);
                     for (int r = 0; r < R; r++) acc[r] = fma(load(q[r] + d), x, acc[r]);
                 }
@@ -35,7 +38,9 @@ template <int D, class T, int N = 1> struct DenseK {
 template <int D, class T, int N = 1> struct DenseV {
     static constexpr int planes = 1;
     const T* data;
+    long next = 0;  // bytes
     DenseV(const void* const* plane, long page) : data((const T*)plane[0] + page * (PAGE * N * D)) {}
+    void ahead(long pages) { next = pages * (PAGE * N * D) * (long)sizeof(T); }
 
     template <int R, int M> void part(const float (*p)[PAGE], const float* share, int first, int last, int from, float (*o)[D]) const {
         vf acc[M][R];
@@ -43,6 +48,7 @@ template <int D, class T, int N = 1> struct DenseV {
         for (int t = first; t < last; t++) {
             const T* v = data + t * (N * D) + from;
             for (int i = 0; i < M; i++) {
+                fetch(v + i * 16, next);
                 vf x = load(v + i * 16);
                 for (int r = 0; r < R; r++) acc[i][r] = fma(set(p[r][t]), x, acc[i][r]);
             }

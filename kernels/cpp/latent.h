@@ -51,8 +51,8 @@ struct CodedInK<CodedK<D, V, AXIS, GROUP, S, LOW>, DV> : CodedK<D, V, AXIS, GROU
 
     template <int R, bool> void add(const float (*p)[PAGE], const float* share, int first, int last, float (*o)[DV]) const {
         for (int tile = 0; tile * Keys::TILE < DV; tile++)
-            unroll<4>([&](auto c) {
-                unroll<Keys::F>([&](auto f) {
+            unroll<4>([&](auto c) ALWAYS {
+                unroll<Keys::F>([&](auto f) ALWAYS {
                     const int channel = tile * Keys::TILE + f * 4 + c;
                     if (channel >= DV) return;
                     vf acc[R];
