@@ -87,7 +87,7 @@ def test_time_is_the_slower_of_bytes_and_operations():
 
 def test_what_does_not_overlap_is_added():
     site = program("int8").sites[0]
-    read, compute = float(read_bytes(site).subs(N, 1000)), float(attention_flops(site).subs(N, 1000))
+    read, compute = (float(x(site).subs(N, 1000)) for x in (read_bytes, attention_flops))
     assert read < compute                                       # of the tiny model
     on = Device("", 1e6, 1e6, 0.5, "", overlap=0.75)
     got = float(attention_seconds(site, on).subs(N, 1000))

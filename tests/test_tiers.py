@@ -271,7 +271,8 @@ def ranked(recipe, lengths=(123, 5), limit=20):
     return group, call, store, options | rules
 
 
-@pytest.mark.parametrize("recipe", ["zipcache", "mikv", "mikv(bits=8)", "mikv(scorer=scissorhands)"])
+@pytest.mark.parametrize("recipe", ["zipcache", "mikv", "mikv(bits=8)",
+                                    "mikv(scorer=scissorhands)"])
 def test_a_step_without_looking_is_the_body(recipe):
     """What a CUDA graph holds: bit for bit what the body stores, in rows of unequal length, with
     padding, before, when and after a block is full."""

@@ -26,7 +26,7 @@ NAMES = ("bf16", "int8", "int4, groups of 32")
 CONTEXTS = (4096, 32768)
 CACHED = (2048, 16384)  # tokens of the two calls that tell a kernel's launch and its rate
 PAGES = 4               # in which they lie: a few hundred KB of K and V
-OTHERS = ("kivi(bits=2)", "rtn")  # which tell the overlap, of so many tokens:
+OTHERS = ("kivi(bits=2)", "rtn", "fp8")  # which tell the overlap, of so many tokens:
 BETWEEN = 16384
 
 
