@@ -14,6 +14,7 @@ from torch import Tensor
 from kvcompile.format import PAGE
 from kvcompile.ir import body
 from kvcompile.kernels import pages
+from kvcompile.kernels.evict import Heads, heads_of, write
 from kvcompile.rule import Rule
 from kvcompile.store import SLOTS, Span, Store
 
@@ -74,7 +75,7 @@ def _row(store: Store, rule: Rule, planes: list[Tensor], slots: Sequence[int], r
     pools = [named[f"{SLOTS}.all.{name}"] for name in ("position", "score")]
     at, score = (pool[table].flatten(1)[:, : end - first].unflatten(0, many) for pool in pools)
     at[..., waiting:] = ids.int()
-    score = noted(rule, score, mass[..., first:end], waiting)
+    score = noted(rule, score, mass[..., first:end], waiting, end - first)
     order = entering(score, rule.salient)
     for pool, x in zip(pools, (at, score), strict=True):
         whole = pool[table].flatten(1)
@@ -94,14 +95,75 @@ def _row(store: Store, rule: Rule, planes: list[Tensor], slots: Sequence[int], r
         x[:, :, columns] = both[:, :, waiting:]
 
 
-def noted(rule: Rule, score: Tensor, mass: Tensor, waiting: int) -> Tensor:
-    """Scores [..., T] after a call that gave tokens `mass`; the first `waiting` are older."""
+def one_token(planes: list[Tensor], mass: list[Tensor], k: list[Tensor], v: list[Tensor],
+              positions: Tensor, valid: Tensor, *, store: str, rules: list[str], slots: list[int],
+              group: int = 1) -> tuple[Tensor, Tensor]:
+    """As `rank` of one token a row, and no value is looked at on the host: what waits is put in
+    order, and the result thrown away where its block is not full. A CUDA graph can hold it."""
+    parsed, new = Store.parse(store), [torch.stack(x) for x in (k, v)]
+    dims, dtype = (new[0].shape[-1], new[1].shape[-1]), new[0].dtype
+    runs = groupby(range(len(slots)), lambda i: str(Rule.parse(rules[i]).score))
+    for own in ([*run] for _, run in runs):
+        layers = slice(own[0], own[-1] + 1)
+        heads = heads_of(parsed, dims, dtype, planes, slice(slots[own[0]], slots[own[-1]] + 1),
+                         waits=False)
+        many = new[0][layers].shape[:3]
+        ids, live = (x[:, 0].expand(many[1])[None, :, None].expand(many).flatten()
+                     for x in (positions, valid))
+        _block(heads, Rule.parse(rules[own[0]]), ids, live,
+               torch.stack(mass[layers]).flatten(0, 2) / group, [x[layers] for x in new])
+    return new[0], new[1]
+
+
+def _block(heads: Heads, rule: Rule, ids: Tensor, live: Tensor, mass: Tensor,
+           new: Sequence[Tensor]) -> None:
+    """The block that waits in each of N heads: `ids` and `live` [N] are of their new tokens, `mass`
+    [N, places] what all tokens got; new K and V [L, B, H, 1, D], views."""
+    store, number = heads.store, heads.count.long()
+    at, place = number % PAGE, torch.arange(PAGE, device=ids.device)
+    fresh, held = place == at[:, None], live[:, None] & (place <= at[:, None])    # [N, PAGE]
+    full = live & (at == PAGE - 1)
+
+    page = _page(heads, f"{SLOTS}.all", number)
+    pools = [heads.named[f"{SLOTS}.all.{name}"] for name in ("position", "score")]
+    known, score = (pool[page] for pool in pools)
+    got = mass.gather(1, ((number - at)[:, None] + place).clamp(max=mass.shape[1] - 1))
+    score = noted(rule, score, torch.where(held, got, 0.0), at[:, None], at[:, None] + 1)
+    order = torch.where(full[:, None], front(torch.where(held, score, 0.0), rule.salient), place)
+    known = torch.where(fresh, ids[:, None].int(), known)
+    for pool, x in zip(pools, (known, score), strict=True):
+        write(pool, (page,), x.gather(1, order).to(pool.dtype), held)
+
+    back = (full[:, None] & (place < at[:, None]))[..., None]
+    for side, x in zip(store.sides, new, strict=False):
+        page = _page(heads, f"{side}.recent", number, store.ring(side, "recent"))
+        [pool] = (heads.named[f"{side}.recent.{name}"] for name in
+                  store.format(side, "recent").planes(x.shape[-1], x.dtype, side))
+        own = x.reshape(-1, 1, x.shape[-1])
+        both = torch.where(fresh[..., None], own, pool[page])
+        both = both.gather(1, order[..., None].expand_as(both))
+        write(pool, (page,), both, back)
+        x.copy_(torch.where(full[:, None, None], both[:, -1:], own).view_as(x))
+
+
+def _page(heads: Heads, tier: str, number: Tensor, ring: int | None = None) -> Tensor:
+    """The pages [N] of a tier that hold the tokens `number`, int64; some page where there is none.
+    """
+    table = heads.table(tier)
+    index = number // PAGE % (ring // PAGE) if ring else number // PAGE
+    return table.gather(1, index.clamp(max=table.shape[1] - 1)[:, None])[:, 0].long()
+
+
+def noted(rule: Rule, score: Tensor, mass: Tensor, waiting: int | Tensor, tokens: int | Tensor
+          ) -> Tensor:
+    """Scores [..., T] after a call that gave tokens `mass`; the first `waiting` of `tokens` are
+    older. What lies behind the tokens is no score."""
     numbers = torch.arange(score.shape[-1], device=score.device)
-    fresh = numbers >= waiting
+    fresh = (numbers >= waiting) & (numbers < tokens)
     if not hasattr(rule.scorer, "averaged"):
         return torch.as_tensor(rule.scorer.observe(score, mass, fresh))
-    seen = len(numbers) - numbers                # queries that have seen a token, itself included
-    queries = seen.clamp(max=len(numbers) - waiting)      # those of this call
+    seen = tokens - numbers                      # queries that have seen a token, itself included
+    queries = seen.clamp(max=tokens - waiting)             # those of this call
     return torch.as_tensor(rule.scorer.averaged(torch.where(fresh, 0.0, score), mass, seen,
                                                 queries))
 

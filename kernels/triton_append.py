@@ -19,7 +19,8 @@ from kvcompile.kernels import triton_source as ts
 from kvcompile.store import SIDES, Store
 
 PHASES = ("encode", "keep")
-FEWEST = 32  # tokens of a tile
+MOST = 32   # tokens of a tile, unless a format encodes more together
+EACH = 32   # numbers of a tile that a thread holds at most: encoding takes several copies of them
 
 
 class Shape(NamedTuple):
@@ -35,30 +36,37 @@ def unsupported(store: Store, dims: tuple[int, int], dtype: torch.dtype) -> str 
     return ts.missing(store, dims, dtype, "writer")
 
 
-def tokens(store: Store, side: Side, phase: str) -> int:
-    """Tokens of a tile: one step of the format, if those are of several tokens."""
+def tokens(store: Store, shape: Shape, side: Side, phase: str) -> int:
+    """Tokens of a tile: one step of the format, if those are of several tokens; else so many that
+    a tile has no more than `ts.FEW` numbers."""
     step = store.side(side).format.step if phase == "encode" else 1
-    return step if step > 1 else FEWEST
+    if step > 1 or phase != "encode" or "body" not in store.tiers(side):
+        return step if step > 1 else MOST
+    return min(MOST, ts.FEW // ts.piece(store, shape.dims[SIDES.index(side)], side, MOST))
 
 
-def tile(store: Store, side: Side, phase: str) -> int:
+def tile(store: Store, shape: Shape, side: Side, phase: str) -> int:
     """Tokens that are loaded at a time, of those of `tokens`."""
-    whole = tokens(store, side, phase)
+    whole = tokens(store, shape, side, phase)
     return getattr(store.side(side).format, "triton_tile", whole) if phase == "encode" else whole
 
 
 def warps(store: Store, shape: Shape, phase: str) -> int:
-    """Warps of a program: eight where a format needs whole blocks."""
-    most = max((tile(store, side, phase) * ts.piece(store, dim, side, tokens(store, side, phase))
+    """Warps of a program: four, or eight where the tiles that a format needs whole are larger than
+    four hold."""
+    if phase != "encode":
+        return 4
+    most = max((tile(store, shape, side, phase) * store.members
+                * ts.piece(store, dim, side, tokens(store, shape, side, phase))
                 for side, dim in zip(SIDES, shape.dims, strict=True)
                 if "body" in store.tiers(side)), default=0)
-    return 8 if phase == "encode" and most > ts.FEW else 4
+    return 8 if most > 4 * 32 * EACH else 4
 
 
-def chunks(store: Store, phase: str, new: Any) -> Any:
+def chunks(store: Store, shape: Shape, phase: str, new: Any) -> Any:
     """Tiles that may hold what `new` tokens change, of K or of V."""
     def of(side: Side) -> Any:
-        cut = tokens(store, side, phase)
+        cut = tokens(store, shape, side, phase)
         most = store.side(side).block - 1 if phase == "encode" else 0
         return (new + most + cut - 1) // cut + 1
 
@@ -86,7 +94,7 @@ def source(store: Store, shape: Shape, phase: str) -> str:
     if why:
         raise RecipeError(f"{store}: {why}")
     part = _encode if phase == "encode" else _keep
-    sides = {side: [re.sub(r"\bN\b", str(tile(store, side, phase)), line)
+    sides = {side: [re.sub(r"\bN\b", str(tile(store, shape, side, phase)), line)
                     for line in part(store, shape, side)] for side in SIDES}
     if not any(sides.values()):
         return ""
@@ -130,10 +138,10 @@ def _encode(store: Store, shape: Shape, side: Side) -> list[str]:
     if "body" not in store.written(side):
         return []
     dim, fmt = shape.dims[SIDES.index(side)], store.side(side).format
-    width = ts.piece(store, dim, side, tokens(store, side, "encode"))
+    width = ts.piece(store, dim, side, tokens(store, shape, side, "encode"))
     planes = ts.moved(store, fmt, dim, side, ts.names(store, side, "body", dim, shape.dtype), width)
     lines = [*ts.span(store, "n", side, "old_"), *ts.span(store, "after", side, "")]
-    whole = tokens(store, side, "encode")
+    whole = tokens(store, shape, side, "encode")
     lines += ["start = tl.maximum(old_end, first)",
               f"base = (start // {whole} + tl.program_id(0)) * {whole}"]
     found = ["index = base + tl.arange(0, N)", "keep = (index >= start) & (index < end)"]

@@ -112,7 +112,7 @@ def append(planes: list[Tensor], k: list[Tensor], v: list[Tensor], positions: Te
             text = triton_append.source(parsed, spec, phase)
             if not text:
                 continue
-            grid = (triton_append.chunks(parsed, phase, tokens), batch * spec.heads * many,
+            grid = (triton_append.chunks(parsed, spec, phase, tokens), batch * spec.heads * many,
                     len(parsed.sides))
             given = [keys, values, columns, new,
                      *_held(parsed, planes, dims, k[0].dtype), slots[at], batch, tokens, lines,

@@ -111,16 +111,16 @@ def _wide(text: str, width: int) -> str:
 
 
 def piece(store: Store, dim: int, side: Side, tokens: int) -> int:
-    """Channels of a head that are encoded at a time: no more numbers than registers hold where
-    the format can store some by themselves; else all."""
-    most = max(32, FEW // tokens)
+    """Channels of a head that are encoded at a time: the most that make no more than `FEW` numbers
+    where the format can store some by themselves; else all."""
+    most = max(16, FEW // tokens)
     try:
         units = [of(store.format(side, tier), "triton_pieces", "")(dim, side)[0]
                  for tier in ("body", "recent")]
     except RecipeError:
         return padded(dim)
     width = padded(lcm(*units))
-    while width * 2 <= most:
+    while width * 2 <= most and dim % (width * 2) == 0:
         width *= 2
     return padded(dim) if store.members > 1 or dim % width or width >= dim else width
 

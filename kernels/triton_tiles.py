@@ -174,19 +174,21 @@ def bodies(store: Store, shape: Shape) -> list[str]:
     return ["for tile in range(start, tl.minimum(stop, pure)):", *ts.indent(lines)]
 
 
-def halves(cut: Tile) -> int:
-    """Into how many pieces tiles of several tiers are cut: their code takes more registers."""
-    return 2 if cut.tokens >= 64 else 1
+def halves(shape: Shape, cut: Tile) -> int:
+    """Into how many pieces tiles of several tiers are cut: their code takes more registers, and
+    where heads are not of a power of two the masks of their channels take some more."""
+    masked = any(ts.padded(dim) != dim for dim in shape.dims)
+    return 2 if cut.tokens >= (32 if masked else 64) else 1
 
 
 def _piece(store: Store, shape: Shape, cut: Tile) -> list[str]:
     """The logits s of a piece of any tile, whatever tiers its tokens lie in."""
     lines = [
-        f"tile = piece // {halves(cut)}",
+        f"tile = piece // {halves(shape, cut)}",
         "is_queue, is_own = tile < queue, tile >= queue + sunk",
         "is_sink = (tile >= queue) & (tile < queue + sunk)",
         "base = tl.where(is_queue, begin + tile, tl.where(is_own, tile - queue - sunk, "
-        f"tile - queue)) * {cut.tokens} + piece % {halves(cut)} * N",
+        f"tile - queue)) * {cut.tokens} + piece % {halves(shape, cut)} * N",
         "index = base + tl.arange(0, N)",
         "upper = tl.where(is_queue, queued, tl.where(is_own, tokens, tl.minimum(n, "
         f"{store.sinks})))",
@@ -225,7 +227,7 @@ def others(store: Store, shape: Shape, cut: Tile) -> list[str]:
             weights = f"tl.where((index {side} v_end)[None, :], p, 0.0)"
         to = _sum(store, shape) if tier == "body" else "o"
         lines += [f"if {test}:", *ts.indent([*found, _add(shape, to, weights, tile)])]
-    return _loop("tl.maximum(start, pure)", lines, cut)
+    return _loop(shape, "tl.maximum(start, pure)", lines, cut)
 
 
 def masses(store: Store, shape: Shape, cut: Tile) -> list[str]:
@@ -237,11 +239,11 @@ def masses(store: Store, shape: Shape, cut: Tile) -> list[str]:
     g = shape.queries
     return [f"at = (row * {shape.heads * g} + head * {g} + group_head) * tokens + column",
             f"whole_sum = tl.load(lse + at, mask=mine & live, other=0.0) * {LOG2E!r}",
-            *_loop("start", lines, cut)]
+            *_loop(shape, "start", lines, cut)]
 
 
-def _loop(first: str, lines: list[str], cut: Tile) -> list[str]:
-    n = halves(cut)
+def _loop(shape: Shape, first: str, lines: list[str], cut: Tile) -> list[str]:
+    n = halves(shape, cut)
     lines = [re.sub(r"\bN\b", str(cut.tokens // n), line) for line in lines]
     return [f"for piece in range({first} * {n}, stop * {n}):", *ts.indent(lines)]
 

@@ -1,5 +1,6 @@
 """The roofline model against sums over stores, models and data sheets."""
 
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -9,6 +10,7 @@ from sympy import lambdify
 
 import kvcompile
 from kvcompile.bench import roofline as bench
+from kvcompile.bench.attend import Attend
 from kvcompile.bench.settings import Settings
 from kvcompile.cli import main
 from kvcompile.errors import KVCompileError
@@ -19,6 +21,7 @@ from kvcompile.measure.roofline import (
     Roofline,
     Step,
     attention_flops,
+    attention_seconds,
     device,
     read_bytes,
     tier_tokens,
@@ -82,6 +85,36 @@ def test_time_is_the_slower_of_bytes_and_operations():
         flops / 1e6 + step.launches * 1e-3)
 
 
+def test_what_does_not_overlap_is_added():
+    site = program("int8").sites[0]
+    read, compute = (float(x(site).subs(N, 1000)) for x in (read_bytes, attention_flops))
+    assert read < compute                                       # of the tiny model
+    on = Device("", 1e6, 1e6, 0.5, "", overlap=0.75)
+    got = float(attention_seconds(site, on).subs(N, 1000))
+    assert got == pytest.approx(0.5 + compute / 1e6 + read / 4e6)
+    whole = float(attention_seconds(site, replace(on, overlap=1.0)).subs(N, 1000))
+    assert whole == pytest.approx(0.5 + compute / 1e6)
+
+
+def test_the_overlap_is_what_calls_take_beyond_the_longer_part():
+    on = Device("", 2.0, 5.0, 0.0, "", overlap=0.6)
+    calls = [(float(on.seconds(a, b)), a / 2, b / 5) for a, b in ((8, 5), (3, 40), (10, 25))]
+    assert bench.hidden(calls) == pytest.approx(0.6)
+    assert bench.hidden([(1.0, 2.0, 1.0)]) == 1.0 and bench.hidden([(9.0, 2.0, 1.0)]) == 0.0
+
+
+def test_tokens_that_lie_in_a_few_pages_are_attended_to_alike():
+    """The calibration's kernel does the work of as many tokens in memory that caches hold."""
+    few = Attend("int8", (2, 1, 16), 700, 0, pages=2)
+    [planes] = few.copies
+    tables = [p for spec, p in zip(few.specs, planes, strict=True) if spec.name.endswith("table")]
+    assert all(int(t.max()) == 1 and t.shape[-1] == 6 for t in tables) and len(tables) == 2
+    o = few.run(*few.new, *planes, *few.at)[0]
+    own = Attend("int8", (2, 1, 16), 700, 0)
+    whole = own.run(*few.new, *own.copies[0], *few.at)[0]
+    assert o.isfinite().all() and not torch.equal(o, whole)
+
+
 def test_explain_prints_it(capsys):
     assert main(["explain", "--model", "tiny-llama", "--recipe", "int8", "--device", "h100"]) == 0
     text = capsys.readouterr().out
@@ -108,5 +141,6 @@ def test_plot(tmp_path):
 
 @pytest.mark.slow
 def test_the_bench_prints_prediction_and_measurement():
-    rows = list(bench.rows(Settings(quick=True, tokens=256, mib=1)))
+    share, *rows = bench.rows(Settings(quick=True, tokens=256, mib=1))
+    assert 0 <= share.ours[0] <= 1
     assert len(rows) == 3 and all(row.theirs[0] > 0 and row.ratio > 0 for row in rows)

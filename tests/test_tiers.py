@@ -13,6 +13,7 @@ import pytest
 import torch
 from support import greedy, optimized, plain, prompt
 from torch import Tensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 import kvcompile
 from kvcompile.checks.audit import Run
@@ -20,10 +21,12 @@ from kvcompile.checks.tapped import read
 from kvcompile.checks.view import slots
 from kvcompile.errors import KVCompileError, RecipeError
 from kvcompile.format import format_of
-from kvcompile.kernels.rank import entering
+from kvcompile.ir import APPEND, RANK
+from kvcompile.kernels.rank import entering, one_token, rank
 from kvcompile.measure.kernel_table import fallbacks
 from kvcompile.method import _discovered, methods
 from kvcompile.passes.scorers_attention import Normalized
+from kvcompile.planes import Group
 from kvcompile.recipe import parse_term
 from kvcompile.rule import named
 
@@ -269,9 +272,67 @@ def test_what_a_cache_with_tiers_cannot():
         kvcompile.KVCache(model.config, "zipcache")
 
 
+def ranked(recipe, lengths=(123, 5), limit=20):
+    """A group of a recipe's layers, with as many waiting tokens in its rows, and a step's inputs:
+    (group, planes, [mass, k, v, positions, valid], options)."""
+    sites = kvcompile.explain(plain("llama:2"), recipe).program.sites
+    group, g = Group(sites, len(lengths), torch.device("cpu")), torch.Generator().manual_seed(3)
+    group.reserve([n + limit for n in lengths])
+    options = dict(store=str(sites[0].layout), slots=[0, 1])
+    rules = dict(rules=[s.rule for s in sites], group=sites[0].q_heads // sites[0].heads)
+
+    def call(tokens, valid):
+        before = group.counts[0, :, 0]
+        k, v = ([torch.randn(len(lengths), sites[0].heads, tokens, d, generator=g) for _ in sites]
+                for d in sites[0].dims)
+        places = 128 * group.plane("k.body.table").shape[-1] + 128 * group.plane(
+            "k.recent.table").shape[-1] + tokens
+        mass = [torch.rand(len(lengths), sites[0].heads, places, generator=g) for _ in sites]
+        own = torch.arange(places) < (before + valid.sum(1))[:, None]
+        mass = [torch.where(own[:, None], m, 0.0) for m in mass]
+        return [mass, k, v, before[:, None] + (valid.cumsum(1) - 1).clamp_min(0), valid]
+
+    def store(planes, k, v, given):
+        APPEND(planes, [*k], [*v], *given[3:], **options)
+
+    first = call(max(lengths), torch.arange(max(lengths)) < torch.tensor(lengths)[:, None])
+    store(group.planes, *RANK(group.planes, *first, **options, **rules), first)
+    return group, call, store, options | rules
+
+
+@pytest.mark.parametrize("recipe", ["zipcache", "mikv", "mikv(bits=8)",
+                                    "mikv(scorer=scissorhands)"])
+def test_a_step_without_looking_is_the_body(recipe):
+    """What a CUDA graph holds: bit for bit what the body stores, in rows of unequal length, with
+    padding, before, when and after a block is full."""
+    group, call, store, options = ranked(recipe)
+    again = [p.clone() for p in group.planes]
+    for step in range(9):
+        given = call(1, torch.tensor([[step != 3], [step % 5 > 0]]))
+        want = RANK(group.planes, *given, **options)
+        got = one_token(again, *given, **options)
+        assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+        for planes in (group.planes, again):
+            store(planes, *want, given)
+        for spec, a, b in zip(group.specs, group.planes, again, strict=True):
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), (step, spec.name)
+    assert group.counts[0, :, 0].tolist() == [131, 12]
+
+
+def test_a_step_is_ranked_without_looking():
+    """Tensors without values: whatever asked for one would raise."""
+    group, call, _, options = ranked("zipcache")
+    given = call(1, torch.ones(2, 1, dtype=torch.bool))
+    with FakeTensorMode() as mode:
+        fake = [[*map(mode.from_tensor, x)] if isinstance(x, list) else mode.from_tensor(x)
+                for x in (group.planes, *given)]
+        assert one_token(*fake, **options)[0].shape == (2, *given[1][0].shape)
+        with pytest.raises(DynamicOutputShapeException):
+            rank(*fake, **options)
+
+
 def test_what_a_gpu_lacks():
-    [told] = fallbacks(optimized("llama:2", "zipcache").kvcompile.program)
-    assert "kvc.rank runs its plain body" in told  # kernels read and write both tiers
+    assert not fallbacks(optimized("llama:2", "zipcache").kvcompile.program)
 
 
 def test_a_rule_and_a_format_agree(monkeypatch):

@@ -9,14 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import EVERY, plain
+from support import EVERY, optimized, plain
 
 import kvcompile
 from kvcompile.backend import gpu, offline
+from kvcompile.engine import Engine
 from kvcompile.errors import KVCompileError
 from kvcompile.format import formats
-from kvcompile.ir import APPEND, ATTEND
-from kvcompile.kernels import triton_append, triton_attend, triton_source, triton_tune
+from kvcompile.ir import APPEND, ATTEND, EVICT, RANK
+from kvcompile.kernels import (
+    evict,
+    triton_append,
+    triton_attend,
+    triton_launch,
+    triton_source,
+    triton_tune,
+)
 from kvcompile.measure import kernel_table
 from kvcompile.planes import Group
 from kvcompile.site import Site
@@ -250,6 +258,49 @@ def test_compiled_graphs_see_the_kernels(caplog):
     assert len(kernels) == 4                                # attend, merge; encode, keep
     written = len(seen[0].graph.output_node().args[0]) - 1
     assert written >= len(planes) - sum(s.name.endswith("table") for s in specs)
+
+
+class OnDevice(torch.fx.Interpreter):
+    """A step's graph with the bodies that a GPU has for the kvc ops."""
+
+    BODIES = {ATTEND: gpu._attend, APPEND: gpu._append, EVICT: gpu._evict, RANK: gpu._rank}
+
+    def call_function(self, target, args, kwargs):
+        return super().call_function(self.BODIES.get(target, target), args, kwargs)
+
+
+@needs_triton
+@pytest.mark.parametrize("recipe, kernels", [
+    ("kivi(bits=4)", {"attend", "merge", "encode", "keep"}),
+    ("h2o(budget=64)", {"attend", "merge", "mass", "encode", "move"}),
+    ("zipcache", {"attend", "merge", "mass", "encode", "keep"}),
+    ("palu+kivi(bits=4)", {"attend", "merge", "encode", "keep"}), ("r-kv(budget=64)", None)])
+def test_a_step_asks_the_device_for_nothing(recipe, kernels, monkeypatch):
+    """A whole decode step on tensors without values, on which .item() and whatever else a CUDA
+    graph cannot hold raise."""
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        FakeTensorMode,
+    )
+
+    step, launched = [], []
+    monkeypatch.setattr("kvcompile.engine.compile_graph", lambda *given: step.append(given))
+    monkeypatch.setattr(triton_launch, "start", lambda run, grid, given, **options: launched.append(
+        run.__name__.split("_")[0]))
+    program = optimized("llama:2").kvcompile.program.lower(recipe)
+    Engine(program).step(1, torch.device("cpu"))
+    [(gm, inputs, _)] = step
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        fake = [mode.from_tensor(x) for x in inputs]
+        evict._ends.cache_clear()
+        if kernels is None:
+            with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+                OnDevice(gm).run(*fake)
+        else:
+            assert OnDevice(gm).run(*fake)[0].shape[:2] == (1, 1)
+            assert {*launched} == kernels and launched.count("attend") == 2
+        evict._ends.cache_clear()
 
 
 @needs_triton

@@ -1,4 +1,4 @@
-"""kvc.attend and kvc.append on a GPU: Triton kernels, eagerly and inside compiled graphs.
+"""The kvc ops of a decode step on a GPU: Triton kernels, eagerly and inside compiled graphs.
 
 Eagerly the ops' CUDA bodies launch the kernels. A compiled graph gets them as `torch.library.
 triton_op`s, into which Inductor sees: it fuses what is around them, and CUDA graphs capture them.
@@ -17,6 +17,7 @@ from kvcompile.ir import APPEND, ATTEND, LIB, argument
 from kvcompile.kernels import (
     eager,
     evict,
+    rank,
     triton_append,
     triton_attend,
     triton_launch,
@@ -72,9 +73,18 @@ def _evict(planes: Sequence[Tensor], mass: Sequence[Tensor], k: Sequence[Tensor]
               waits=waits, **options)
 
 
+def _rank(planes: Sequence[Tensor], mass: Sequence[Tensor], k: Sequence[Tensor],
+          v: Sequence[Tensor], positions: Tensor, valid: Tensor, **options: Any
+          ) -> tuple[Tensor, Tensor]:
+    """Torch's ops: those of a step look at nothing on the host."""
+    run = rank.one_token if valid.shape[1] == 1 else rank.rank
+    return run(list(planes), list(mass), list(k), list(v), positions, valid, **options)
+
+
 LIB.impl("attend", _attend, "CUDA")
 LIB.impl("append", _append, "CUDA")
 LIB.impl("evict", _evict, "CUDA")
+LIB.impl("rank", _rank, "CUDA")
 
 
 def lower(gm: GraphModule, device: torch.device) -> None:

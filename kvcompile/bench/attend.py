@@ -35,15 +35,21 @@ class Attend:
     """Layers of one recipe's cache, filled with `tokens` tokens each, and a query to all of them.
 
     At least `mib` MiB of distinct memory: one layer's K and V are encoded, and the codes copied.
+    With `pages` all tokens lie in so many pages of each tier, which caches hold.
     """
 
-    def __init__(self, recipe: str, heads: tuple[int, int, int], tokens: int, mib: int) -> None:
+    def __init__(self, recipe: str, heads: tuple[int, int, int], tokens: int, mib: int,
+                 pages: int = 0) -> None:
         q_heads, kv_heads, dim = heads
         store = Store.of(plan(recipe, 1)[0].values)
         site = Site(0, q_heads, kv_heads, (dim, dim), DTYPE, 0, store)
         self.run = compiled(site)
         self.nbytes = store.nbytes(site.dims, DTYPE, kv_heads, [tokens])  # of a layer
-        first = _filled(site, tokens)
+        self.specs, first = store.planes(site.dims, DTYPE), _filled(site, tokens)
+        if pages:
+            for spec, plane in zip(self.specs, first, strict=True):
+                if spec.name.endswith(".table"):
+                    plane.remainder_(pages)
         self.copies = [first]
         self.copies += [[x.clone() for x in first]
                         for _ in range(1, _times(mib, LAYERS * self.nbytes))]

@@ -21,7 +21,6 @@ from kvcompile.show import as_text
 from kvcompile.site import Site
 
 EVICTS = "kvc.evict waits for the device, so that no CUDA graph holds the step"
-RANKS = "kvc.rank runs its plain body, and waits for the device: no CUDA graph holds the step"
 COLUMNS = ("registers", "spills", "local", "shared", "code_load", "mma")
 
 
@@ -76,10 +75,7 @@ def fallbacks(program: Program) -> list[str]:
             if why and (op is ATTEND or site.owner is None):
                 name = op._schema.name.replace("::", ".")
                 found.setdefault(f"{name} runs its plain body: {why}", []).append(site.layer)
-        if site.salient:
-            if site.leads:
-                found.setdefault(RANKS, []).append(site.layer)
-        elif site.rule and site.store.slots and site.leads and (
+        if site.rule and site.store.slots and site.leads and not site.salient and (
                 why := evict.waiting(site.store, [site.rule], 1)):
             found.setdefault(f"{EVICTS}: {why}", []).append(site.layer)
     return [f"{runs(layers)} on a GPU: {why}" for why, layers in found.items()]

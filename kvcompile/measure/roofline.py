@@ -1,10 +1,12 @@
 """How long a decode step must take: bytes, operations and launches, over what a device can do.
 
-    t(n) = max(weights / bandwidth, their flops / peak) + max(KV(n) / bandwidth, its flops / peak)
+    t(n) = both(weights / bandwidth, their flops / peak) + both(KV(n) / bandwidth, its flops / peak)
            + launches * launch
+    both(r, c) = max(r, c) + (1 - overlap) min(r, c)
 
 with n tokens in every row's cache, as sympy expressions of n (Williams, Waterman, Patterson, 2009).
-It is a bound: kernels that reach neither the bandwidth nor the peak take longer.
+Where reading and computing overlap wholly, as data sheets are taken to promise, it is a bound:
+kernels that reach neither the bandwidth nor the peak take longer.
 """
 
 from collections.abc import Sequence
@@ -33,13 +35,21 @@ GEMMS = ("linear", "mm", "addmm", "bmm", "matmul")
 
 @dataclass(frozen=True)
 class Device:
-    """Bytes and 16-bit matrix operations a second, dense, and seconds between launches."""
+    """Bytes and 16-bit matrix operations a second, dense, seconds between launches, and which part
+    of the shorter of reading and computing the longer one hides."""
 
     name: str
     bandwidth: float
     flops: float
     launch: float
     source: str
+    overlap: float = 1.0
+
+    def seconds(self, nbytes: Any, flops: Any) -> sp.Expr:
+        """Of reading so many bytes and computing."""
+        read, compute = sp.sympify(nbytes) / self.bandwidth, sp.sympify(flops) / self.flops
+        longer = sp.Max(read, compute)
+        return longer if self.overlap == 1 else longer + (1 - self.overlap) * sp.Min(read, compute)
 
 
 # a launch inside a CUDA (HIP) graph is taken as 2 microseconds; it is no data sheet's figure
@@ -88,6 +98,11 @@ def attention_flops(site: Site) -> sp.Expr:
     """Multiplications and additions of one query token with a row's cache."""
     kept = sum(tier_tokens(site.store, "k").values())
     return 2 * site.q_heads * sum(site.dims) * kept
+
+
+def attention_seconds(site: Site, on: Device) -> sp.Expr:
+    """Of one layer's kvc.attend for one query token of a row, by one launch."""
+    return on.launch + on.seconds(read_bytes(site), attention_flops(site))
 
 
 @dataclass(frozen=True)
@@ -140,9 +155,8 @@ class Step:
 
     def seconds(self, on: Device) -> sp.Expr:
         """Of n."""
-        weights = max(self.weight_bytes / on.bandwidth, self.weight_flops / on.flops)
-        return (weights + sp.Max(self.kv_bytes / on.bandwidth, self.kv_flops / on.flops)
-                + self.launches * on.launch)
+        return (on.seconds(self.weight_bytes, self.weight_flops)
+                + on.seconds(self.kv_bytes, self.kv_flops) + self.launches * on.launch)
 
 
 def _products(graph: Graph) -> list[Node]:
