@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,8 +30,7 @@ def calibrate(model: PreTrainedModel, recipe: str | Recipe, texts: Tensor | str 
     """
     ids, recipe = checked(_ids(texts, tokenizer, tokens)), Recipe.parse(recipe)
     base = model.kvcompile.model if isinstance(model, Optimized) else model
-    table: Any = base.get_input_embeddings()
-    known = table.weight.shape[0]
+    known = int(cast(Any, base.get_input_embeddings()).weight.shape[0])
     if wrong := [x for x in (int(ids.min()), int(ids.max())) if not 0 <= x < known]:
         raise KVCompileError(f"calibration holds the token id {wrong[0]}, the model knows 0 to "
                              f"{known - 1}: it is another tokenizer's")
