@@ -34,8 +34,8 @@ def between(gm: GraphModule) -> list["Between"]:
     for stretches in alike(gm.graph, op, without=(ATTENTION, ATTEND, BESIDE)):
         made = _between(stretches[0], symbols)
         if made is None:
-            log.info("what lies between attentions of %d layers runs as torch's operators: its sizes "
-                     "are not of rows and tokens alone", len(stretches))
+            log.info("what lies between attentions of %d layers runs as torch's operators: its "
+                     "sizes are not of rows and tokens alone", len(stretches))
             continue
         found.append(made)
         for stretch in stretches:
