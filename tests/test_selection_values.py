@@ -168,12 +168,15 @@ def test_critical_tokens_of_pooled_budgets():
     layers, w, n = inputs(), 8, 40
     got, _ = kept(f"criticalkv(scorer=adakv(scorer=snapkv(window={w})), budget={n})", layers,
                   weights=WEIGHTS)
+    unequal = 0
     for i, (q, k, v) in enumerate(tuple(t[0] for t in x) for x in layers):
         sizes = [len(h) for h in refs.adakv([(q, k, v)], n, w, 0.2)[0]]
-        assert [len(h) for h in got[i][0]] == sizes and len(set(sizes)) > 1
+        assert [len(h) for h in got[i][0]] == sizes
+        unequal += len(set(sizes)) > 1
         for h in range(HEADS):
             want = refs.criticalkv([(q, k, v)], sizes[h], w, [WEIGHTS[i]])[0][h]
             assert set(got[i][0][h]) == want
+    assert unequal
 
 
 @pytest.mark.parametrize("recipe", ["vatp(scorer=knorm)", "caote(scorer=keydiff)",

@@ -71,8 +71,9 @@ def test_skeletons_know_no_format():
 
 
 def test_every_format_has_a_reader():
-    for name, cls in formats().items():
-        assert hasattr(cls, "triton") or hasattr(cls, "triton_member"), name
+    without = {name for name, cls in formats().items()
+               if not hasattr(cls, "triton") and not hasattr(cls, "triton_member")}
+    assert without == {"tail"}  # docs/gpu.md
 
 
 def shape_of(dims=(128, 128), dtype=torch.bfloat16, heads=8, queries=4, **options):
