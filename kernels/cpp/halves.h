@@ -72,12 +72,6 @@ inline float peak(nf a) {
 }
 #else
 inline nf fma(nf a, nf b, nf c) { return a * b + c; }
-inline float one(half x) {
-    uint32_t sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
-    float magnitude = rest < 0x400u ? (float)rest * as_float(0x33800000u)
-                                    : as_float((rest << 13) + 0x38000000u);
-    return as_float(as_bits(magnitude) | sign);
-}
 #if defined(__aarch64__)
 inline void widen(const half* p, nf& x) {
     typedef __fp16 four __attribute__((vector_size(8)));

@@ -47,21 +47,10 @@ inline void write(bf16* p, float x) {
     uint32_t bits = as_bits(x);
     p->bits = x != x ? 0x7fc0 : (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
-#if defined(__aarch64__)
-typedef __fp16 Half;
-#elif defined(__FLT16_MAX__) && (defined(__x86_64__) || defined(__clang__))
-typedef _Float16 Half;
-#endif
-#if defined(__aarch64__) || defined(__FLT16_MAX__) && (defined(__x86_64__) || defined(__clang__))
-inline float read(const half* p) { Half x; std::memcpy(&x, p, 2); return (float)x; }
-inline void write(half* p, float x) { Half y = (Half)x; std::memcpy(p, &y, 2); }
+inline float read(const half* p) { return one(*p); }
+#ifdef KVC_HALF
+inline void write(half* p, float x) { KVC_HALF y = (KVC_HALF)x; std::memcpy(p, &y, 2); }
 #else
-inline float read(const half* p) {
-    uint32_t sign = (p->bits & 0x8000u) << 16, rest = p->bits & 0x7fffu;
-    float magnitude = rest < 0x400u ? (float)rest * as_float(0x33800000u)
-                                    : as_float((rest << 13) + 0x38000000u);
-    return as_float(as_bits(magnitude) | sign);
-}
 inline void write(half* p, float x) {
     uint32_t sign = (as_bits(x) >> 16) & 0x8000u, rest = as_bits(x) & 0x7fffffffu;
     if (rest > 0x7f800000u) { p->bits = 0x7e00; return; }

@@ -41,4 +41,20 @@ inline void fetch(const void* p, long bytes) { __builtin_prefetch((const char*)p
 inline float as_float(uint32_t bits) { float x; std::memcpy(&x, &bits, 4); return x; }
 inline uint32_t as_bits(float x) { uint32_t bits; std::memcpy(&bits, &x, 4); return bits; }
 
+#if defined(__aarch64__)
+#define KVC_HALF __fp16
+#elif defined(__FLT16_MAX__) && (defined(__x86_64__) || defined(__clang__))
+#define KVC_HALF _Float16
+#endif
+#ifdef KVC_HALF
+inline float one(half x) { KVC_HALF y; std::memcpy(&y, &x, 2); return (float)y; }
+#else
+inline float one(half x) {
+    uint32_t sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
+    float magnitude = rest < 0x400u ? (float)rest * as_float(0x33800000u)
+                                    : as_float((rest << 13) + 0x38000000u);
+    return as_float(as_bits(magnitude) | sign);
+}
+#endif
+
 }  // namespace kvc
