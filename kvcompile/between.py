@@ -46,6 +46,14 @@ def between(gm: GraphModule) -> list["Between"]:
     return found
 
 
+def covered(gm: GraphModule) -> tuple[int, int]:
+    """(how many places between two attentions `between` compiles, how many there are)."""
+    gm = copy_graph(gm)
+    runs = {made.run for made in between(gm)}
+    attentions = sum(n.target in (ATTENTION, ATTEND) for n in gm.graph.nodes)
+    return sum(n.target in runs for n in gm.graph.nodes), max(attentions - 1, 0)
+
+
 def laid(x: Tensor) -> Tensor:
     """x [B, .., S, ..] laid out as its dims are or with dims 1 and 2 exchanged (heads and tokens),
     whichever it is or else the first."""

@@ -125,6 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--threads", type=_positive, metavar="N", help="as torch has them")
     bench.add_argument("--tokens", type=_positive, metavar="N",
                        help="tokens in the cache, instead of several lengths")
+    bench.add_argument("--recipes", nargs="+", default=[], metavar="R",
+                       help="the decode step of these, beside the first (no other rows)")
     form = bench.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object, with all samples")
     form.add_argument("--markdown", action="store_true", help="the table for docs/performance.md")

@@ -118,9 +118,13 @@ def run(args: Namespace) -> None:
 def bench(args: Namespace) -> None:
     """`kvcompile bench`: the rows, in one of three forms."""
     benchmark.check(args.rows)
+    for recipe in args.recipes:
+        _check(recipe)
+    if args.recipes and args.rows not in ([], ["step"]):
+        raise KVCompileError("--recipes: only the rows of step are measured for recipes of yours")
     settings = Settings(args.model, args.quick, args.threads or torch.get_num_threads(),
-                                  args.tokens)
-    result = benchmark.bench(settings, args.rows)
+                        args.tokens, tuple(args.recipes))
+    result = benchmark.bench(settings, ["step"] if args.recipes else args.rows)
     _print(args, result.as_dict(), result.markdown if args.markdown else lambda: str(result))
 
 

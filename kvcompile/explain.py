@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
 
+from kvcompile.between import MANY, covered
 from kvcompile.errors import CacheFullError, KVCompileError
 from kvcompile.format import PAGE
 from kvcompile.measure.baseline import Uncompressed, uncompressed
@@ -158,12 +159,21 @@ class Report:
                 for which in layers.values()]
 
     def _notes(self) -> list[str]:
-        """`eager body (layers 0-29): why`, for kernels that are not fused."""
+        """`eager body (layers 0-29): why`, for kernels that are not fused; and what runs a prompt
+        between its attentions."""
         found: dict[tuple[str, str], set[int]] = {}
         for row in self.rows:
             found.setdefault((row.kernel, row.why), set()).add(row.layer)
-        return [fill(f"{kernel} ({runs(layers)}): {why}", WIDTH, subsequent_indent="    ")
-                for (kernel, why), layers in found.items() if why]
+        lines = [f"{kernel} ({runs(layers)}): {why}"
+                 for (kernel, why), layers in found.items() if why]
+        compiled, places = covered(self.program.phases["prefill"])
+        rest = "" if compiled == places else (
+            f" in {compiled} of {places} places; the others, which no other layer equals or whose "
+            "sizes are not of rows and tokens alone, run as torch's operators")
+        if places:
+            lines.append(f"a prompt of {MANY:,} tokens or more: what lies between attentions is "
+                         f"compiled{rest}")
+        return [fill(line, WIDTH, subsequent_indent="    ") for line in lines]
 
 
 def _positive(**numbers: int) -> None:

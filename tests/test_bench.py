@@ -150,6 +150,15 @@ def test_rows_of_the_step(two_layers: None, eager: None) -> None:
     assert all(row.target is None for row in rows)  # targets are set for another model
 
 
+def test_rows_of_the_recipes_asked_for(two_layers: None, eager: None) -> None:
+    rows = list(step.rows(small(recipes=("int8", "kivi(bits=2)"))))
+    int8, kivi = "step int8, 200 tokens", "step kivi(bits=2), 200 tokens"
+    assert [(row.what, row.peer.split(":")[0]) for row in rows] == [
+        (int8, step.EAGER), (kivi, step.EAGER), (kivi, "int8"), (int8, "floor"), (kivi, "floor")]
+    assert rows[2].theirs == rows[0].ours and rows[2].ours == rows[1].ours
+    assert all(row.ours and not row.note for row in rows)
+
+
 @pytest.mark.slow
 def test_every_peer_does_the_same_steps(two_layers: None) -> None:
     model, ids = plain("llama:2"), small().ids(40)
@@ -235,3 +244,10 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert "| a row | 1 ms | peer | 2 ms | 2.00x |  |  |" in capsys.readouterr().out
     assert main(argv) == 0
     assert "a row" in capsys.readouterr().out
+    monkeypatch.setitem(GROUPS, "step", rows)
+    assert main(["bench", "--recipes", "int8", "full"]) == 0
+    assert given[-1].recipes == ("int8", "full") and len(given) == 4
+    assert main(["bench", "--recipes", "kiwi"]) == 2
+    assert "kivi" in capsys.readouterr().err
+    assert main([*argv, "--recipes", "int8"]) == 2
+    assert "only the rows of step" in capsys.readouterr().err

@@ -113,6 +113,15 @@ def test_what_has_no_kernel_says_why() -> None:
                                          f"kvc.append runs its plain body: {why}"}
 
 
+def test_it_says_what_runs_between_attentions() -> None:
+    line = "a prompt of 1,024 tokens or more: what lies between attentions is compiled"
+    assert f"\n{line}\n" in str(kvcompile.explain(optimized("llama"), "int8"))
+    told = str(kvcompile.explain(optimized("deepseek_v2"), "full")).replace("\n    ", " ")
+    assert f"{line} in 2 of 3 places; the others, which" in told
+    single = kvcompile.explain(tiny("llama", num_hidden_layers=1), "full")
+    assert "between attentions" not in str(single)
+
+
 def test_a_refusal_shows_its_reason_and_node() -> None:
     program = optimized("llama").kvcompile.program.lower("kivi(bits=4)")
     program.outcomes["quantize"][2] = Refused(2, "head dimension 16 is odd", "attention_2")

@@ -23,6 +23,7 @@ SCALE = 256  # MiB of K and V that a kernel reads before it sees the same bytes 
 class Settings:
     """`quick`: fewer contexts, recipes and repetitions; `tokens` overrides the contexts.
 
+    `recipes` are those whose decode step is measured, instead of those with targets.
     `mib` is how many MiB a kernel reads before it comes back to the same bytes: more than the
     caches hold, unless figures do not matter.
     """
@@ -31,6 +32,7 @@ class Settings:
     quick: bool = False
     threads: int = 1
     tokens: int | None = None
+    recipes: tuple[str, ...] = ()
     mib: int = SCALE
     _optimized: dict[str, PreTrainedModel] = field(default_factory=dict, repr=False)
 

@@ -48,19 +48,23 @@ class Decoder:
 
 
 def rows(settings: Settings) -> Iterator[Row]:
-    """One row per recipe and peer at every length, and the floor of each recipe."""
+    """One row per recipe and peer at every length, and the floor of each recipe.
+
+    Recipes that `settings` names stand beside the first of them and Hugging Face eager alone.
+    """
     rounds = 5 if settings.quick else 10
     steps = 1 + BURST * rounds
     model, _ = settings.loaded
-    recipes, lengths = RECIPES[settings.quick], settings.contexts(
-        (2048,), (512, 2048, 4096, 8000), steps)
+    recipes = settings.recipes or RECIPES[settings.quick]
+    few = settings.quick or bool(settings.recipes)
+    lengths = settings.contexts((2048,), (512, 2048, 4096, 8000), steps)
     ids = settings.ids(max(lengths))
     ours = {recipe: Decoder(settings.optimized(recipe)) for recipe in recipes}
     theirs = {EAGER: Decoder(model)}
     missing: dict[str, str] = {}
-    if settings.quick:
+    if settings.quick and not settings.recipes:
         missing = {STATIC: "not with --quick: it compiles for a minute"}
-    for backend, name in QUANTIZED.items():
+    for backend, name in () if settings.recipes else QUANTIZED.items():
         peer = f"HF eager, QuantizedCache {backend}"
         if settings.quick or _absent(name):
             missing[peer] = "not with --quick" if settings.quick else f"{name} is not installed"
@@ -78,7 +82,7 @@ def rows(settings: Settings) -> Iterator[Row]:
                     raise
                 missing[name] = _told(error)
                 del theirs[name]
-        if not settings.quick and n == min(lengths, key=lambda n: abs(n - STATIC_AT)):
+        if not few and n == min(lengths, key=lambda n: abs(n - STATIC_AT)):
             try:
                 calls[STATIC] = _static(model, theirs[EAGER], steps)
             except Exception as error:  # noqa: BLE001
@@ -89,7 +93,7 @@ def rows(settings: Settings) -> Iterator[Row]:
         times = {name: [1e3 * t for t in took] for name, took in in_turn(
             calls, rounds, between=settings.bandwidth, burst=BURST, warm=0).items()}
         stream = settings.bandwidth.since(probed)
-        yield from _compare(settings, n, times, recipes)
+        yield from (_beside if settings.recipes else _compare)(settings, n, times, recipes)
         for peer, why in missing.items():
             yield Row("step", _what(RECIPE, n), "ms", times[RECIPE], peer, note=why)
         for recipe in recipes:
@@ -114,6 +118,15 @@ def _compare(settings: Settings, n: int, times: dict[str, list[float]],
             yield Row("step", _what(RECIPE, n), "ms", times[RECIPE], name, took)
     yield Row("step", _what(RECIPE, n), "ms", times[RECIPE], "full, compiled by us", times["full"],
               target=settings.target(">=", 1) if n >= 2048 else None)
+
+
+def _beside(settings: Settings, n: int, times: dict[str, list[float]],
+            recipes: tuple[str, ...]) -> Iterator[Row]:
+    """Each recipe beside Hugging Face eager, and all the others beside the first."""
+    for recipe in recipes:
+        yield Row("step", _what(recipe, n), "ms", times[recipe], EAGER, times[EAGER])
+    for recipe in recipes[1:]:
+        yield Row("step", _what(recipe, n), "ms", times[recipe], recipes[0], times[recipes[0]])
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
