@@ -38,8 +38,14 @@ class Comparison:
 
     @property
     def agreement(self) -> int:
-        """Generated tokens that are the same in the same place."""
-        return int((self.runs[0].new == self.runs[1].new).sum())
+        """Forced steps whose likeliest next token is the same."""
+        want, got = self.forced
+        return sum(a == b for a, b in zip(want.likeliest, got.likeliest, strict=True))
+
+    @property
+    def alike(self) -> int:
+        """Generated tokens up to the first one that differs."""
+        return [*(self.runs[0].new == self.runs[1].new).flatten().tolist(), False].index(False)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything in plain types."""
@@ -49,8 +55,9 @@ class Comparison:
             for name, run, forced in zip(("hugging_face", "kvcompile"), self.runs, self.forced,
                                          strict=True)}
         return {**self.report.as_dict(), "text": self.text, **sides, "context": self.context,
-                "forced_steps": len(self.forced[0].nll), "same_tokens": self.agreement,
-                "optimize_s": self.optimize_s, "compile_s": self.compile_s, "total_s": self.total_s}
+                "forced_steps": len(self.forced[0].nll), "agreement": self.agreement,
+                "alike": self.alike, "optimize_s": self.optimize_s, "compile_s": self.compile_s,
+                "total_s": self.total_s}
 
     def __str__(self) -> str:
         grid = Table("", "Hugging Face", str(self.report.program.recipe), "ratio", box=box.SIMPLE,
@@ -72,9 +79,11 @@ class Comparison:
              theirs.ms_per_token, ours.ms_per_token, ".1f")
         line(f"s for the prompt of {ours.prompt.numel():,} tokens", theirs.prefill, ours.prefill,
              ".2f")
-        spent = [f"{self.agreement} of {ours.new.numel()} tokens are those of the uncompressed "
-                 f"model; optimize {self.optimize_s:.1f} s, compiling {self.compile_s:.1f} s, "
-                 f"everything {self.total_s:.0f} s"]
+        spent = [f"{self.agreement} of {steps} times the likeliest next token of the forced text "
+                 "is the uncompressed model's",
+                 f"the generated texts are alike for {self.alike} of {ours.new.numel()} tokens",
+                 f"optimize {self.optimize_s:.1f} s, compiling {self.compile_s:.1f} s, everything "
+                 f"{self.total_s:.0f} s"]
         return "\n".join([*([] if self.streamed else [self.text]), "", self.report.table(), "",
                           as_text(grid), "", *spent])
 

@@ -22,12 +22,13 @@ from kvcompile.errors import KVCompileError
 
 
 class Forced(NamedTuple):
-    """Of every decode step: nats per token of the token that follows, milliseconds, and whether
-    that token was the likeliest."""
+    """Of every decode step: nats per token of the token that follows, milliseconds, whether that
+    token was the likeliest, and which one was, of every row."""
 
     nll: list[float]
     ms: list[float]
     hit: Sequence[bool] = ()
+    likeliest: Sequence[list[int]] = ()
 
     @property
     def perplexity(self) -> float:
@@ -75,7 +76,7 @@ def prefill(model: PreTrainedModel, ids: Tensor) -> tuple[Any, Tensor]:
 
 
 def _steps(model: PreTrainedModel, cache: Any, ids: Tensor, context: int
-           ) -> Iterator[tuple[float, float, bool]]:
+           ) -> Iterator[tuple[float, float, bool, list[int]]]:
     ids = ids.to(model.device)
     for at in range(context, ids.shape[1] - 1):
         start = time.perf_counter()
@@ -83,6 +84,6 @@ def _steps(model: PreTrainedModel, cache: Any, ids: Tensor, context: int
             out = model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)
         logits = out.logits[:, -1].float().cpu()  # waits for the device
         ms = (time.perf_counter() - start) * 1e3
-        following = ids[:, at + 1].cpu()
-        yield (cross_entropy(logits, following).item(), ms,
-               bool((logits.argmax(-1) == following).all()))
+        following, likeliest = ids[:, at + 1].cpu(), logits.argmax(-1)
+        yield (cross_entropy(logits, following).item(), ms, bool((likeliest == following).all()),
+               likeliest.tolist())
