@@ -40,7 +40,7 @@ from kvcompile.rule import Rule
 
 TOKENS, SCORED = 4000, 65
 BLIND = ("random", "knorm", "keydiff", "expected_attention", "lagkv", "qfilters",
-         "streamingllm-slots")  # do not look at the last queries: the same whether they ask
+         "streamingllm-slots", "kvzip", "compactor")  # the same, whether the last queries ask or not
 RECIPES = (
     "random(ratio={ratio})", "snapkv(ratio={ratio})",
     "streamingllm-slots(ratio={ratio}, positions=original)", "tova(ratio={ratio})",
@@ -50,7 +50,17 @@ RECIPES = (
     "streamingllm-slots(ratio={ratio})", "think(drop=0.5)", "think(drop=0.5)+snapkv(ratio={ratio})",
     "h2o(ratio={ratio})", "cake(ratio={ratio})", "scissorhands(ratio={ratio})",
     "finch(ratio={ratio}, positions=original)", "qfilters(ratio={ratio})",
-    "duoattention(full={ratio})", "d2o(ratio={ratio})", "cam(ratio={ratio})")
+    "duoattention(full={ratio})", "d2o(ratio={ratio})", "cam(ratio={ratio})",
+    "compactor(ratio={ratio})", "hashevict(ratio={ratio})", "vatp(ratio={ratio})",
+    "a2sf(ratio={ratio})", "caote(ratio={ratio})", "kvzip(ratio={ratio})",
+    *(f"headkv(budget={n})" for n in (2000, 1000, 400)),
+    *(f"topp(p={p})" for p in (0.9, 0.7, 0.4)),
+    "razorattention(induction=0.36, recent=800)", "razorattention(induction=0.05, recent=800)",
+    "razorattention(induction=0.02, recent=256, share=0.07)",
+    "simlayerkv", "simlayerkv(above=0.5)", "simlayerkv(above=0.5, recent=256)",
+    *(f"kvmerger(alike={x})" for x in (0.9, 0.75, 0.5)),
+    "sepllm(recent=256)", "sepllm(recent=256, most=256)",
+    *(f"fastgen(recover={x})" for x in (0.95, 0.8, 0.6)), "mikv", "zipcache")
 SPEED = ("snapkv(ratio={ratio})", "pyramidkv(ratio={ratio})", "adakv(ratio={ratio})",
          "h2o(ratio={ratio})", "tova(ratio={ratio})", "streamingllm(window=1024)",
          "knorm(ratio={ratio})", "kvzip(ratio={ratio})", "duoattention(full={ratio})")
@@ -85,6 +95,9 @@ class Text:
             cache = copy.deepcopy(self.exact)
             cache.crop(tokens)
             return cache
+        if any("probe" in rule.needs for rule in model.kvcompile.engine.rules):
+            model.kvcompile.engine.alone.compile = True  # it reads the prompt twice
+            return kvcompile.prefill(model, self.ids[:, :tokens])
         positions = torch.arange(tokens)[None]
         valid = torch.ones(1, tokens, dtype=torch.bool)
         cache = model.kvcompile.new_cache()
@@ -239,7 +252,8 @@ def main() -> None:
     def note(recipe: str, ratio: float | None) -> None:
         if recipe in done:
             return
-        ours = kvcompile.optimize(exact, recipe, compile=False, calibration=calibration)
+        ours = kvcompile.optimize(exact, recipe, compile=False, calibration=calibration,
+                                  tokenizer=tokenizer)
         with given.out.open("a") as file:
             file.write(json.dumps(row(ours, recipe, ratio, texts)) + "\n")
 
