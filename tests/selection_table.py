@@ -40,7 +40,7 @@ from kvcompile.rule import Rule
 
 TOKENS, SCORED = 4000, 65
 BLIND = ("random", "knorm", "keydiff", "expected_attention", "lagkv", "qfilters",
-         "streamingllm-slots", "kvzip", "compactor")  # the same, whether the last queries ask or not
+         "streamingllm-slots", "kvzip", "compactor")  # the same whether the last queries ask
 RECIPES = (
     "random(ratio={ratio})", "snapkv(ratio={ratio})",
     "streamingllm-slots(ratio={ratio}, positions=original)", "tova(ratio={ratio})",

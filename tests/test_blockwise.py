@@ -1,6 +1,7 @@
 """Attention of many queries: the kernel of kvc.attention and of kvc.attend with S > 1."""
 
 import operator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from kvcompile.site import Site
 from kvcompile.store import Store
 from tests.support import optimized, prompt
 from tests.test_kernels import QUICK
+
+CPU = Path("/proc/cpuinfo")
 
 
 class Prompt:
@@ -47,8 +50,8 @@ class Prompt:
         layers.reserve(list(stored))
         self.planes = layers.planes
         held = torch.arange(most)[None] < torch.tensor(stored)[:, None]
-        APPEND(self.planes, [some(heads, most, dims[0])], [some(heads, most, dims[1])],
-               torch.arange(most).expand(rows, -1), held, store=store, slots=[1])
+        k, v = ([some(heads, most, dim) for _ in range(site.store.members)] for dim in dims)
+        APPEND(self.planes, k, v, torch.arange(most).expand(rows, -1), held, store=store, slots=[1])
 
     def given(self, dtype=None):
         x = [x.to(dtype or self.dtype) for x in (self.q, self.k, self.v)]
@@ -116,6 +119,18 @@ LATER = sorted(QUICK)
     for n in LATER])
 def test_a_later_turn(name):
     Prompt(**QUICK[name], tokens=70).check()
+
+
+@pytest.mark.skipif(not CPU.exists() or "avx512_bf16" not in CPU.read_text(),
+                    reason="needs AVX-512's products of bf16")
+@pytest.mark.parametrize("name", ["bf16", "bf16-window"])
+def test_tiles(name, monkeypatch):
+    """The text for machines with AMX gives the same, with its instructions done by plain C++."""
+    amx = (Path(__file__).parent / "amx.h").read_text()
+    text = (amx, *cpp_blockwise.headers(), "static_assert(KVC_TILES);\n")
+    monkeypatch.setattr(cpp_blockwise, "headers", lambda: text)
+    monkeypatch.setattr(template, "digest", lambda: "tiles")  # a key of its own
+    Prompt(**PROMPTS[name]).check()
 
 
 @pytest.mark.slow
