@@ -92,19 +92,19 @@ class Runs:
              ) -> tuple[Tensor, Tensor]:
         new = [k.float().clone(), v.float().clone()]
         for head, at in enumerate(kept):
-            held = torch.zeros(k.shape[1], dtype=torch.bool)
-            held[at] = True
-            for start, end in runs(k[head], scores[head].isposinf(), self.alike):
-                pivots = held[start:end].nonzero().flatten()
-                if end - start == 1 or len(pivots) != 1:
-                    continue
-                keys = k[head, start:end].float()
-                far = (keys - keys[pivots]).norm(dim=-1)
-                sigma = far.sum() / (end - start - 1)
-                weight = torch.exp(-far**2 / (2 * sigma**2).clamp(min=1e-12))
-                weight = (weight / weight.sum())[:, None]
-                for x, y in zip((k, v), new, strict=True):
-                    y[head, start + pivots] = (x[head, start:end].float() * weight).sum(0)
+            if not len(at):
+                continue
+            keys, run = k[head].float(), runs(k[head], scores[head].isposinf(), self.alike)
+            size, pivots = run.bincount(), run[at].bincount(minlength=int(run[-1]) + 1)
+            pivot = torch.zeros_like(size)
+            pivot[run[at]] = at
+            far = (keys - keys[pivot[run]]).norm(dim=-1)
+            sigma = _sums(far, run, size) / (size - 1).clamp(min=1)
+            weight = torch.exp(-far**2 / (2 * sigma[run]**2).clamp(min=1e-12))
+            weight /= _sums(weight, run, size)[run]
+            own = at[((size > 1) & (pivots == 1))[run[at]]]
+            for x, y in zip((k, v), new, strict=True):
+                y[head, own] = _sums(x[head].float() * weight[:, None], run, size)[run[own]]
         return new[0], new[1]
 
 
@@ -117,13 +117,17 @@ class Rest:
     apart: ClassVar[bool] = True
 
 
-def runs(keys: Tensor, whole: Tensor, alike: float) -> list[tuple[int, int]]:
-    """[start, end) of the runs of keys [T, D] in which neighbours have a cosine above `alike`;
-    tokens that stay `whole` (bool [T]) are runs of their own."""
+def runs(keys: Tensor, whole: Tensor, alike: float) -> Tensor:
+    """The number [T] of the run that each token is in: of keys [T, D] in which neighbours have a
+    cosine above `alike`; tokens that stay `whole` (bool [T]) are runs of their own."""
     unit = normalize(keys.float(), dim=-1)
     apart = ((unit[1:] * unit[:-1]).sum(-1) <= alike) | whole[1:] | whole[:-1]
-    ends = [0, *(apart.nonzero().flatten() + 1).tolist(), len(keys)]
-    return list(zip(ends, ends[1:], strict=False))
+    return torch.cat([apart.new_zeros(1), apart])[: len(keys)].cumsum(0)
+
+
+def _sums(x: Tensor, run: Tensor, size: Tensor) -> Tensor:
+    """[runs, ..]: the sums of x [T, ..] over each run."""
+    return x.new_zeros(len(size), *x.shape[1:]).index_add_(0, run, x)
 
 
 MERGES = (CaM, Nearest, Runs, Rest)

@@ -72,9 +72,11 @@ class Pivots(Around):
         out.scatter_(-1, best, torch.inf)
         out[:, x.tokens - min(self.recent, x.tokens):] = torch.inf
         for head, scores in enumerate(base):
-            for start, end in runs(x.keys[head], out[head].isposinf(), self.alike):
-                if not out[head, start].isposinf():
-                    out[head, start + int(scores[start:end].argmax())] = 1.0
+            run = runs(x.keys[head], out[head].isposinf(), self.alike)
+            order = scores.sort(descending=True, stable=True).indices
+            run, place = run[order].sort(stable=True)  # run by run, the best token first
+            first = order[place[run != torch.cat([run[:1] - 1, run[:-1]])]]
+            out[head, first[~out[head, first].isposinf()]] = 1.0
         return out
 
 
