@@ -1,5 +1,6 @@
 """tail: the last channels of every token, in another format; the first ones are left out."""
 
+import re
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from kvcompile.errors import RecipeError
 from kvcompile.format import Planes, Side, StepPlane, term_of
+from kvcompile.kernels.triton_source import TRITON, inside, interpreted, padded
 from kvcompile.kernels.wrapper import Wrapper
 from kvcompile.recipe import Term
 from kvcompile.store import SIDES, Store
@@ -78,6 +80,21 @@ class Tail(Wrapper):
         inside = self.inner_writer(self.left(dim), dtype, side)
         return (f"TailWriter<{inside}, {self.cpp(dim, dtype, side)}, {dim}, {self.drop}, "
                 f"{self.step}>")
+
+    def triton(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]) -> str:
+        """The tile of what is stored behind zeros (`kernels/triton/wrapper.py`)."""
+        left = self.left(dim)
+        tile = inside(self.inner_triton(left, dtype, side, planes[:-1]), left)
+        return f"behind({tile}, N, {left}, {self.drop}, DP, {TRITON[dtype]}, {interpreted()})"
+
+    def triton_writer(self, dim: int, dtype: torch.dtype, side: Side, planes: list[str]
+                      ) -> list[str]:
+        """Statements that store the tile `x`."""
+        left = self.left(dim)
+        lines = self.inner_triton_writer(left, dtype, side, planes[:-1])
+        return [f"last = without_front({planes[-1]}, page, at, keep, x, N, {left}, {padded(left)}, "
+                f"{self.drop}, DP, {self.step}, {TRITON[dtype]}, {interpreted()})",
+                *(re.sub(r"\bx\b", "last", inside(line, left)) for line in lines)]
 
 
 def dropped(store: Store) -> tuple[int, int]:

@@ -63,7 +63,9 @@ def tile(store: Store, shape: Shape) -> Tile:
     room = 2048 if shape.dtype is torch.float32 else 8192 if wider else 4096
     queries = 1 if shape.one else max(1, min(16, 32 // shape.queries))
     turned = any(turns(store, s, shape.dims[SIDES.index(s)]) for s in held)
-    heavy = many > 4 * parts or turned or store.members > 2 or bool(
+    tiers = store.sinks and thin in (4, 8) and any(store.side(s).delayed for s in held)
+    tight = wide <= 64 and (tiers or store.v_in_k and thin == 2)  # ptxas halts at 128, and spills
+    heavy = many > 4 * parts or turned or store.members > 2 or tight or bool(
         shape.made and shape.made.basis)
     return Tile(min(span, max(16, room // wide)), queries, 8 if heavy else 4)
 

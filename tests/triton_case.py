@@ -51,6 +51,8 @@ STORES = {  # what the recipes make, and the corners of the formats
     "channels": "store(k=channels(drop=0.3, of=int(bits=4, axis=channel), block=32), k_lag=9)",
     "subspace": "store(k=subspace(rank=16), k_lag=64, v=subspace(of=int(bits=8), basis=same), "
                 "members=2)",
+    "tail": "store(k=tail(of=int(bits=4, axis=channel), drop=9), k_block=64, k_lag=32, "
+            "v=tail(of=int(bits=2, group=16)))",
     "rest": "store(v=int, slots=true, rest=true)",
 }
 APPENDED = [name for name in STORES if name not in ("channels", "subspace")]  # no writers

@@ -191,6 +191,31 @@ def spread(x, place, page, at, N: tl.constexpr, LEFT: tl.constexpr, D: tl.conste
 
 
 @triton.jit
+def behind(x, N: tl.constexpr, LEFT: tl.constexpr, DROP: tl.constexpr, DP: tl.constexpr,
+           T: tl.constexpr, WIDE: tl.constexpr):
+    """x [N, .] of LEFT channels, rounded to T, behind DROP zeros; exact, as in `spread`."""
+    j, c = tl.arange(0, x.shape[1])[:, None], tl.arange(0, DP)[None, :]
+    return dot(x.to(T), tl.where((c == j + DROP) & (j < LEFT), 1.0, 0.0).to(T), WIDE)
+
+
+@triton.jit
+def without_front(plane, page, at, keep, x, N: tl.constexpr, LEFT: tl.constexpr,
+                  LEFT_P: tl.constexpr, DROP: tl.constexpr, DP: tl.constexpr,
+                  STEP: tl.constexpr, T: tl.constexpr, WIDE: tl.constexpr):
+    """Store the power of two above the first DROP channels of every STEP of x's tokens; the LEFT
+    channels after these."""
+    c = tl.arange(0, DP)
+    peak = tl.max(tl.where((c < DROP)[None, :], tl.abs(x), 0.0), 1)
+    peak = tl.max(tl.reshape(peak, (N // STEP, STEP)), 1)
+    above = tl.maximum((peak.to(tl.int32, bitcast=True) >> 23) - 126, -126)  # 127 at most
+    above = tl.where(peak == 0.0, -127, tl.minimum(above, 127)).to(tl.int8)
+    kept = tl.max(tl.reshape(keep.to(tl.int32), (N // STEP, STEP)), 1) > 0
+    tl.store(plane + page * (128 // STEP) + at // STEP + tl.arange(0, N // STEP), above, mask=kept)
+    j = tl.arange(0, LEFT_P)[None, :]
+    return dot(x.to(T), tl.where((c[:, None] == j + DROP) & (j < LEFT), 1.0, 0.0).to(T), WIDE)
+
+
+@triton.jit
 def mixed(x, basis, unit, page, first, RANK: tl.constexpr, ALL: tl.constexpr, D: tl.constexpr,
           DP: tl.constexpr, SCALED: tl.constexpr, T: tl.constexpr, WIDE: tl.constexpr):
     """x [N, .] times a page's basis [RANK, ALL], of whose channels D from `first` on are read.
