@@ -27,6 +27,7 @@ class Tail(Wrapper):
     of: Term = Term("dense")
     drop: int = 16
     name: ClassVar[str] = "tail"
+    triton_span: ClassVar[int] = 16  # wider tiles spill where keys are rebuilt
     examples: ClassVar[tuple[str, ...]] = ("tail", "tail(drop=8)",
         "tail(of=int(bits=4, axis=channel, group=32))")
 
